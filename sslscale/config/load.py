@@ -1,0 +1,93 @@
+"""YAML and `key=value` overrides in, one validated RunConfig out; errors name the key and what it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from sslscale.config.models import RunConfig, StageConfig
+from sslscale.errors import UserError, did_you_mean
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads `path` (YAML), applies `overrides` (`pretrain.epochs=3`) and validates.
+
+    Raises UserError for a missing file, YAML that does not parse, an unknown key or a value of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    tree = OmegaConf.create({})
+    try:
+        if path is not None:
+            if not Path(path).is_file():
+                raise UserError("there is no such config file", got=path, fix="give the path of a YAML file with -c")
+            loaded = OmegaConf.load(path)
+            if not OmegaConf.is_dict(loaded):
+                raise UserError("a config file holds a mapping of sections", got=path)
+            tree = OmegaConf.merge(tree, loaded)
+        for override in overrides:
+            key, separator, _ = override.partition("=")
+            if not separator or not key:
+                raise UserError("an override has the form section.key=value", got=override)
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError("the config does not parse", got=str(error).strip().splitlines()[0]) from error
+    assert isinstance(plain, dict)
+    return validate(RunConfig, plain)
+
+
+def validate(model: type[Model], values: dict[Any, Any], prefix: str = "") -> Model:
+    """`model(**values)`, with pydantic's complaints turned into one UserError that names every wrong key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        complaints = error.errors()
+        first = _explain(model, complaints[0], prefix)
+        if len(complaints) > 1:
+            first.fix = "; ".join(filter(None, [first.fix, f"{len(complaints) - 1} more wrong settings after this one"]))
+        raise UserError(first.what, got=first.got, allowed=first.allowed, fix=first.fix) from None
+
+
+def _explain(model: type[BaseModel], complaint: Any, prefix: str) -> UserError:
+    location = [str(part) for part in complaint["loc"]]
+    key = ".".join([*filter(None, [prefix]), *location])
+    if complaint["type"] == "extra_forbidden":
+        fields = sorted(_section(model, location[:-1]).model_fields)
+        return UserError(
+            f"unknown setting {key!r}{did_you_mean(location[-1], fields)}",
+            got=f"{key}={complaint['input']!r}",
+            allowed=", ".join(fields),
+        )
+    if complaint["type"] == "missing":
+        return UserError(f"the setting {key!r} is missing", fix=f"add {key}=... to the config or the command")
+    message = complaint["msg"].removeprefix("Value error, ")
+    if complaint["type"] == "value_error":
+        return UserError(f"{key or 'the config'}: {message}")
+    return UserError(f"the setting {key!r} has a wrong value", got=repr(complaint["input"]), allowed=message)
+
+
+def _section(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
+    """The model that holds the key at `location`, through optional sections."""
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        candidates = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not candidates:
+            return model
+        model = candidates[0]
+    return model
+
+
+def dump_config(config: StageConfig) -> str:
+    """The resolved config as YAML."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
