@@ -1,0 +1,6 @@
+"""The feature store, what the consumers of features share, and label-free measures of a representation's health."""
+
+from sslscale.features.sets import FeatureSet, PartRef, open_features
+from sslscale.features.store import FeatureStore
+
+__all__ = ["FeatureSet", "FeatureStore", "PartRef", "open_features"]
