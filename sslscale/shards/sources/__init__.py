@@ -1,0 +1,70 @@
+"""Where samples come from: one file a source, found by name.
+
+A source is any class with the attributes of `Source`; a user's own is named `package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sslscale.errors import UserError, did_you_mean
+
+SOURCES = {
+    "digits": "sslscale.shards.sources.digits:Digits",
+    "fashion-mnist": "sslscale.shards.sources.fashion_mnist:FashionMNIST",
+    "cifar10": "sslscale.shards.sources.cifar10:CIFAR10",
+    "imagefolder": "sslscale.shards.sources.imagefolder:ImageFolder",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample of a source.
+
+    `image` is uint8 (H, W) or (H, W, 3), still to be encoded, or an encoded file's bytes with its `extension`.
+    """
+
+    image: np.ndarray | bytes
+    label: int | None = None
+    extension: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """`Source(path)` finds its data (UserError where it cannot); every worker of `pack` makes its own."""
+
+    splits: Mapping[str, int]  # name -> number of samples
+    fingerprint: str  # changes when the data does
+
+    def example(self, split: str, index: int) -> Example:
+        """Sample `index` of a split: the same whenever and wherever it is asked for."""
+        ...
+
+
+def make_source(name: str, path: str | None = None) -> Source:
+    """The source called `name`, or a user's own `package.module:Class`, on the data at `path`."""
+    target = SOURCES.get(name, name)
+    module, _, cls = target.partition(":")
+    if not cls:
+        raise UserError(
+            "there is no such source" + did_you_mean(name, SOURCES),
+            got=name,
+            allowed=f"{', '.join(SOURCES)} or package.module:Class",
+        )
+    try:
+        return getattr(importlib.import_module(module), cls)(path)
+    except (ModuleNotFoundError, AttributeError) as error:
+        if target != name:
+            raise
+        raise UserError("a source of your own cannot be imported", got=f"{name}: {error}") from None
+
+
+def download_folder(name: str) -> Path:
+    """Where a source keeps what torchvision downloads."""
+    return Path.home() / ".cache" / "sslscale" / name

@@ -1,0 +1,101 @@
+"""CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour 32x32 images of 10 classes, in its own python or binary format."""
+
+from __future__ import annotations
+
+import _codecs
+import hashlib
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sslscale.errors import UserError
+from sslscale.shards.sources import Example, download_folder
+
+_BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
+_FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
+_PIXELS = 3 * 32 * 32
+
+
+class CIFAR10:
+    """Splits `train` and `test`. `path` is a batches folder of either format, or the folder that holds one."""
+
+    def __init__(self, path: str | None = None) -> None:
+        folder = _find(Path(path).expanduser()) if path else _find(_download())
+        digest = hashlib.sha256()
+        self.data: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for split, names in _BATCHES.items():
+            batches = [_read_batch(folder, name) for name in names]
+            images = np.concatenate([images for images, _ in batches])  # (N, 32, 32, 3)
+            labels = np.concatenate([labels for _, labels in batches])
+            self.data[split] = images, labels
+            digest.update(images.tobytes() + labels.tobytes())
+        self.splits = {split: len(labels) for split, (_, labels) in self.data.items()}
+        self.fingerprint = digest.hexdigest()
+
+    def example(self, split: str, index: int) -> Example:
+        images, labels = self.data[split]
+        return Example(images[index], int(labels[index]))
+
+
+def _find(path: Path) -> Path:
+    for folder in (path, *(path / name for name in _FOLDERS)):
+        if (folder / "test_batch").is_file() or (folder / "test_batch.bin").is_file():
+            return folder
+    raise UserError(
+        "no CIFAR-10 batches here", got=str(path), allowed=f"a folder {' or '.join(_FOLDERS)}, or the one that holds it"
+    )
+
+
+def _read_batch(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (n, 32, 32, 3) and labels (n,) of one batch file."""
+    binary = folder / f"{name}.bin"
+    try:
+        if binary.is_file():  # each row is a label and the three planes
+            rows = np.frombuffer(binary.read_bytes(), np.uint8).reshape(-1, 1 + _PIXELS)
+            labels, planes = rows[:, 0], rows[:, 1:]
+        else:
+            batch = _PlainUnpickler(io.BytesIO((folder / name).read_bytes()), encoding="bytes").load()
+            labels, planes = np.asarray(batch[b"labels"], np.uint8), np.asarray(batch[b"data"], np.uint8)
+        return planes.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1), labels
+    except FileNotFoundError:
+        raise UserError("a CIFAR-10 batch is missing", got=str(folder / name)) from None
+    except (ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError("a CIFAR-10 batch cannot be read", got=f"{folder / name}: {error}") from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads lists, bytes and numpy arrays of numbers; refuses every other class, so that no code of a file runs."""
+
+    _ALLOWED = {
+        ("_codecs", "encode"): _codecs.encode,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"refused: it would run {module}.{name}")
+        return self._ALLOWED[module, name]
+
+
+def _download() -> Path:
+    from torchvision.datasets import CIFAR10 as Torchvision
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    root = download_folder("cifar10")
+    if (root / Torchvision.base_folder).is_dir():
+        return root
+    try:
+        download_and_extract_archive(Torchvision.url, str(root), md5=Torchvision.tgz_md5)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            "CIFAR-10 is not on this machine and could not be downloaded",
+            got=error,
+            fix=f"point pack.path at a folder {_FOLDERS[0]}",
+        ) from None
+    return root
