@@ -21,3 +21,8 @@ def prepare(rows: np.ndarray, metric: str) -> np.ndarray:
 def to_distance(squared: np.ndarray, metric: str) -> np.ndarray:
     """Squared L2 of prepared rows -> the distance that users see: Euclidean under "l2", 1 - cosine under "cosine"."""
     return np.sqrt(squared) if metric == "l2" else squared / 2
+
+
+def to_objective(squared: float, metric: str) -> float:
+    """A sum of squared L2 of prepared rows -> the sum of squared distances under "l2", of 1 - cosine under "cosine"."""
+    return float(squared if metric == "l2" else squared / 2)

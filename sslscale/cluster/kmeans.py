@@ -1,0 +1,183 @@
+"""K-means: an estimator on arrays, and the workers that run the same code over the parts of a feature store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from sslscale.cluster.kernels import Farthest, Totals, accumulate, blocks, farthest, nearest_centroid, squared_distances
+from sslscale.cluster.lloyd import ArrayRows, initial_state, lloyd, sample_positions
+from sslscale.errors import UserError
+from sslscale.features import FeatureSet
+from sslscale.features.distance import prepare, to_distance, to_objective
+from sslscale.features.files import write_npy
+from sslscale.runtime.base import Pool
+
+INITS = ("k-means++", "random")
+METRICS = ("l2", "cosine")
+
+
+class KMeans(ClusterMixin, BaseEstimator):
+    """K-means by Lloyd's algorithm, with scikit-learn's manners.
+
+    `metric` is "l2" or "cosine" (spherical k-means); `init` is "k-means++", "random" or an array (K, D); the lowest
+    objective of `num_init` restarts wins. Iterations end when the objective falls by at most `tolerance` of itself.
+
+    Fitted: `cluster_centers_` (K, D), `labels_` int32 (N,), `n_iter_` (updates of the winner), and `inertia_`, the
+    objective: the sum of squared Euclidean distances, or of 1 - cosine, to the nearest centroid, in float64.
+    """
+
+    def __init__(
+        self,
+        num_clusters: int = 8,
+        *,
+        metric: str = "l2",
+        init: str | np.ndarray = "k-means++",
+        num_init: int = 1,
+        max_iterations: int = 100,
+        tolerance: float = 1e-4,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.num_clusters = num_clusters
+        self.metric = metric
+        self.init = init
+        self.num_init = num_init
+        self.max_iterations = max_iterations
+        self.tolerance = tolerance
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: None = None, sample_weight: Any = None) -> KMeans:
+        """Fits X (N, D), finite, computed in its own precision (at least fp32); `sample_weight` is (N,) or None.
+
+        Raises UserError (a ValueError) for an unknown setting and for fewer rows than clusters.
+        """
+        X = validate_data(self, X, dtype=[np.float32, np.float64], accept_large_sparse=False)
+        weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, dtype=np.float64)
+        self._check_settings(len(X))
+        init = self.init if isinstance(self.init, str) else prepare(np.array(self.init, dtype=X.dtype), self.metric)
+        rows = ArrayRows(X, self.metric, weights)
+        seed = int(check_random_state(self.random_state).randint(2**31))
+        state = lloyd(
+            rows,
+            initial_state(rows, self.num_clusters, init, self.num_init, seed),
+            metric=self.metric,
+            max_iterations=self.max_iterations,
+            tolerance=self.tolerance,
+        )
+        self.cluster_centers_ = state.centroids[state.best]
+        self.labels_, squared = _assign(X, self.metric, self.cluster_centers_)
+        self.inertia_ = to_objective(squared.sum() if weights is None else weights @ squared, self.metric)
+        self.n_iter_ = int(state.iterations[state.best])
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The nearest centroid of each row of X (N, D): int32 (N,)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
+        return _assign(X, self.metric, self.cluster_centers_)[0]
+
+    def _check_settings(self, num_rows: int) -> None:
+        if self.metric not in METRICS:
+            raise UserError("unknown metric", got=self.metric, allowed=", ".join(METRICS))
+        if isinstance(self.init, str) and self.init not in INITS:
+            raise UserError("unknown init", got=self.init, allowed=f"{', '.join(INITS)} or an array (K, D)")
+        expected = (self.num_clusters, self.n_features_in_)
+        if not isinstance(self.init, str) and np.shape(self.init) != expected:
+            raise UserError("init has another shape than the centroids", got=np.shape(self.init), allowed=expected)
+        check_num_clusters(self.num_clusters, num_rows)
+
+
+def check_num_clusters(num_clusters: int, num_rows: int) -> None:
+    """Raises UserError unless there is a row for every cluster."""
+    if not 1 <= num_clusters <= num_rows:
+        raise UserError(
+            "more clusters than samples" if num_clusters > num_rows else "num_clusters must be positive",
+            got=f"num_clusters = {num_clusters}, n_samples = {num_rows}",
+            allowed=f"1 to {num_rows}",
+            fix="set a smaller number of clusters",
+        )
+
+
+def _assign(rows: np.ndarray, metric: str, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int32 (n,) and squared L2 distances float64 (n,) of rows (n, D), read in blocks."""
+    labels = np.empty(len(rows), dtype=np.int32)
+    squared = np.empty(len(rows))
+    for here, x in blocks(rows, metric):
+        labels[here] = nearest_centroid(x, centroids)
+        squared[here] = squared_distances(x, centroids, labels[here])
+    return labels, squared
+
+
+# ------------------------------------------------------------------ over a feature store
+
+
+class KMeansWorker:
+    """Reads parts of a feature set, memory-mapped, and answers with sums; rows leave it only for the initial sample.
+
+    `features` is a set's `paths`; `output` is the stage's folder.
+    """
+
+    def __init__(self, features: Mapping[str, str], metric: str, output: str) -> None:
+        self.features, self.metric, self.output = FeatureSet.open(features), metric, Path(output)
+
+    def gather(self, item: tuple[int, np.ndarray], broadcast: None) -> np.ndarray:
+        """Prepared rows of `(part, row numbers)`, (n, D)."""
+        part, rows = item
+        return prepare(self.features.block(part)[rows], self.metric)
+
+    def totals(self, part: int, centroids: np.ndarray) -> Totals:
+        """Of the part's rows, for centroids (R, K, D)."""
+        return accumulate(self.features.block(part), self.metric, centroids)
+
+    def farthest(self, part: int, broadcast: tuple[np.ndarray, int]) -> Farthest:
+        """The part's rows that are farthest from `(centroids (K, D), how many)`."""
+        return farthest(self.features.block(part), self.metric, *broadcast)
+
+    def assign(self, part: int, centroids: np.ndarray) -> dict[str, Any]:
+        """Writes the part's assignments and distances for centroids (K, D); returns its rows and objective."""
+        labels, squared = _assign(self.features.block(part), self.metric, centroids)
+        file = self.features.parts[part].file
+        write_npy(self.output / "assignments" / file, labels)
+        write_npy(self.output / "distances" / file, to_distance(squared, self.metric).astype(np.float32))
+        return {"rows": len(labels), "objective": to_objective(squared.sum(), self.metric)}
+
+
+class PoolRows:
+    """The rows of a feature set, held by a pool of KMeansWorker. Results are reduced in the order of the parts."""
+
+    def __init__(self, pool: Pool, features: FeatureSet) -> None:
+        self.pool, self.features = pool, features
+        self.num_rows = features.num_rows
+        self._parts = [part.number for part in features.parts]
+
+    def totals(self, centroids: np.ndarray) -> Totals:
+        total = Totals.zero(centroids)
+        for part in _in_order(self.pool.map("totals", self._parts, centroids)):
+            total.add(part)
+        return total
+
+    def farthest(self, centroids: np.ndarray, count: int) -> Farthest:
+        return Farthest.merge(_in_order(self.pool.map("farthest", self._parts, (centroids, count))), count)
+
+    def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.features.row_ids(sample_positions(self.num_rows, size, seed))
+        items = [(int(part), ids[ids >> 32 == part] & 0xFFFFFFFF) for part in np.unique(ids >> 32)]
+        rows = np.concatenate(list(_in_order(self.pool.map("gather", items))))
+        return rows, np.ones(len(rows))
+
+
+def _in_order(results: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+    """Results by the order of their items; those that finish early wait."""
+    waiting: dict[int, Any] = {}
+    following = 0
+    for index, result in results:
+        waiting[index] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
