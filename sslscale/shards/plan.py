@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Counts = Sequence[int] | np.ndarray
+
 # The first word of every spawn key, so that no two uses of the same (seed, epoch, ...) share random numbers.
 _SHARDS, _BLOCK = 0, 1
 
@@ -36,17 +38,21 @@ class Cursor:
     position: int = 0
 
 
-def plan_epoch(counts: Sequence[int], seed: int, epoch: int, num_streams: int) -> list[list[Span]]:
+def plan_epoch(counts: Counts, seed: int, epoch: int, num_streams: int) -> list[list[Span]]:
     """The spans that each stream reads in this epoch, in order.
 
     Every sample is in exactly one stream, and streams differ by at most one sample. A stream has the same length in
     every epoch.
     """
+    return [plan_stream(counts, seed, epoch, stream, num_streams) for stream in range(num_streams)]
+
+
+def plan_stream(counts: Counts, seed: int, epoch: int, stream: int, num_streams: int) -> list[Span]:
+    """One stream of `plan_epoch`."""
     order = _permutation(len(counts), seed, _SHARDS, epoch)
     ends = np.cumsum(np.asarray(counts, dtype=np.int64)[order])
     total = int(ends[-1]) if len(ends) else 0
-    cuts = [total * stream // num_streams for stream in range(num_streams + 1)]
-    return [_cut(order, ends, cuts[stream], cuts[stream + 1]) for stream in range(num_streams)]
+    return _cut(order, ends, total * stream // num_streams, total * (stream + 1) // num_streams)
 
 
 def block_permutation(length: int, seed: int, epoch: int, stream: int, block: int) -> np.ndarray:
@@ -54,7 +60,7 @@ def block_permutation(length: int, seed: int, epoch: int, stream: int, block: in
     return _permutation(length, seed, _BLOCK, epoch, stream, block)
 
 
-def plan_parts(counts: Sequence[int], part_rows: int) -> list[list[Span]]:
+def plan_parts(counts: Counts, part_rows: int) -> list[list[Span]]:
     """The spans of each embedding part: `part_rows` samples each, in the order of the shards; the last may be shorter.
 
     Shards that are appended later change the last part at most.

@@ -32,7 +32,7 @@ class Example:
 
     image: np.ndarray | bytes
     label: int | None = None
-    extension: str | None = None
+    extension: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -66,21 +66,24 @@ def _read_batch(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise UserError("a CIFAR-10 batch cannot be read", got=f"{folder / name}: {error}") from None
 
 
+# What numpy's pickles name, under its old and its present module.
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_PLAIN = {
+    ("_codecs", "encode"): _codecs.encode,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+}
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Reads lists, bytes and numpy arrays of numbers; refuses every other class, so that no code of a file runs."""
 
-    _ALLOWED = {
-        ("_codecs", "encode"): _codecs.encode,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-    }
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        if (module, name) not in _PLAIN:
             raise pickle.UnpicklingError(f"refused: it would run {module}.{name}")
-        return self._ALLOWED[module, name]
+        return _PLAIN[module, name]
 
 
 def _download() -> Path:
