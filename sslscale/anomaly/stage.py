@@ -38,7 +38,7 @@ def run_anomaly(
     stage = run.open_stage(
         "anomaly",
         name,
-        {**settings.identity(), "seed": config.seed, "threads": config.runtime.threads},
+        {**settings.identity(), "threads": config.runtime.threads},
         {"features": features.identity, "reference": reference.identity},
         overwrite=overwrite,
     )

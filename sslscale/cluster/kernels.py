@@ -31,11 +31,17 @@ def nearest_centroid(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """The index of the centroid (K, D) with the least squared L2 distance to each row of x (n, D): int32 (n,).
 
     ||x||^2 is the same for every centroid and left out: argmin of ||c||^2 - 2 x.c. Ties go to the lowest index.
+    Where the centroids lie further from the origin than from each other, that difference would cancel in fp32: both
+    sides are then taken relative to the centroids' mean.
     """
     best = np.full(len(x), np.inf, dtype=x.dtype)
     labels = np.zeros(len(x), dtype=np.int32)
     centroids = centroids.astype(x.dtype, copy=False)
     norms = np.einsum("kd,kd->k", centroids, centroids)
+    mean = centroids.mean(axis=0)
+    if mean @ mean > norms.mean() / 2:
+        x, centroids = x - mean, centroids - mean
+        norms = np.einsum("kd,kd->k", centroids, centroids)
     for start in range(0, len(centroids), TILE_CENTROIDS):
         tile = slice(start, start + TILE_CENTROIDS)
         scores = x @ centroids[tile].T

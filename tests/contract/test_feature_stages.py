@@ -1,0 +1,261 @@
+"""Index, cluster and anomaly over a feature store: plain outputs, the same after any kill and with any workers."""
+
+import contextlib
+import json
+
+import faiss
+import numpy as np
+import pytest
+
+from sslscale.anomaly.stage import run_anomaly
+from sslscale.cluster.stage import run_cluster
+from sslscale.config import RunConfig
+from sslscale.errors import UserError
+from sslscale.features import FeatureSet, FeatureStore, open_features
+from sslscale.index import Index
+from sslscale.index.build import run_index
+from sslscale.index.search import run_search
+from sslscale.rundir import RunDir
+from sslscale.runtime.base import make_runtime
+
+SIZES = {"train": (120, 0, 90), "test": (60,)}
+DIM, CLASSES = 8, 4
+STAGES = {"index": run_index, "cluster": run_cluster, "anomaly": run_anomaly}
+
+
+class Killed(BaseException):
+    pass
+
+
+class DyingRuntime:
+    """Runs everything in this process, and dies before it would yield the result of the given number."""
+
+    name = "local"
+
+    def __init__(self, dies_at=None):
+        self.dies_at, self.yielded = dies_at, 0
+
+    @contextlib.contextmanager
+    def pool(self, worker, setup, workers, resources=None):
+        self.worker = worker(**setup)
+        yield self
+
+    def map(self, method, items, broadcast=None):
+        for index, item in enumerate(items):
+            if self.yielded == self.dies_at:
+                raise Killed
+            self.yielded += 1
+            yield index, getattr(self.worker, method)(item, broadcast)
+
+
+def write_features(path, name, labels=True, backbone="b0"):
+    generator = np.random.default_rng(len(name))
+    centres = 4 * np.eye(CLASSES, DIM)
+    store = FeatureStore.create(path / "embed" / name, dim=DIM, dtype="fp16", normalized=False, backbone=backbone)
+    records = []
+    for part, size in enumerate(SIZES[name]):
+        truth = generator.integers(0, CLASSES, size)
+        truth[:3] = truth[3:4]
+        rows = centres[truth] + generator.normal(scale=0.5, size=(size, DIM))
+        if size > 60:
+            rows[:3] = rows[3]  # duplicates
+        keys = [f"{name}-{part}-{row}" for row in range(size)]
+        records.append(store.write_part(part, rows, keys, ["s"] * size, range(size), truth if labels else None))
+    store.commit(records)
+
+
+@pytest.fixture
+def run(tmp_path):
+    for name in SIZES:
+        write_features(tmp_path / "run", name)
+    return RunDir(tmp_path / "run")
+
+
+def config(**stages):
+    defaults = {
+        "cluster": {"num_clusters": CLASSES, "num_init": 2},
+        "anomaly": {"k": 5, "normal_labels": [0, 1, 2]},
+        "runtime": {"name": "local", "workers": 1},
+    }
+    return RunConfig.model_validate({**defaults, **stages})
+
+
+def outputs(path):
+    """Every array below a stage's folder, as bytes."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*.npy"))}
+
+
+def test_outputs_open_with_plain_tools(run):
+    results = {kind: stage(run, config(), DyingRuntime()) for kind, stage in STAGES.items()}
+    features = open_features(run)
+    assert list(features.stores) == ["test", "train"] and features.num_rows == 270
+
+    index = faiss.read_index(str(run.path / "index/main/index.faiss"))
+    assert index.ntotal == results["index"]["num_vectors"] == 270
+    assert results["index"]["factory"] == "Flat" and results["index"]["recall_at_10"] > 0.98
+    assert results["index"]["bytes"] == (run.path / "index/main/index.faiss").stat().st_size
+
+    centroids = np.load(run.path / "cluster/main/centroids.npy")
+    assert centroids.shape == (CLASSES, DIM) and centroids.dtype == np.float32
+    objective = 0.0
+    for part in features.parts:
+        rows = features.block(part.number).astype(np.float64)
+        assignments = np.load(run.path / "cluster/main/assignments" / part.file)
+        distances = np.load(run.path / "cluster/main/distances" / part.file)
+        scores = np.load(run.path / "anomaly/main/scores" / part.file)
+        neighbours = np.load(run.path / "anomaly/main/neighbours" / part.file)
+        assert assignments.dtype == np.int32 and distances.dtype == scores.dtype == np.float32
+        assert neighbours.dtype == np.int64 and neighbours.shape == (part.rows, 5)
+        assert len(assignments) == len(distances) == len(scores) == part.rows
+        np.testing.assert_allclose(distances, np.linalg.norm(rows - centroids[assignments], axis=1), rtol=1e-6)
+        objective += (distances.astype(np.float64) ** 2).sum()
+        assert not (neighbours == (part.number << 32 | np.arange(part.rows))[:, None]).any()
+        assert len(features.keys_of(neighbours.ravel())) == 5 * part.rows
+
+    cluster = results["cluster"]
+    assert cluster["objective"] == pytest.approx(objective, rel=1e-5)
+    assert cluster["num_samples"] == sum(cluster["sizes"]) == 270 and cluster["num_clusters"] == CLASSES
+    assert cluster["measures"]["acc"] == 1 and cluster["measures"]["silhouette"] > 0.5
+    assert cluster["datasets"]["test"]["num_samples"] == 60
+    assert results["anomaly"]["num_samples"] == 270 and 0 <= results["anomaly"]["measures"]["auroc"] <= 1
+    for kind, result in results.items():
+        assert json.loads((run.path / kind / "main/result.json").read_text()) == result
+
+
+def test_a_finished_stage_does_no_work_again(run):
+    for stage in STAGES.values():
+        first = stage(run, config(), DyingRuntime())
+        assert stage(run, config(), DyingRuntime(dies_at=0)) == first
+
+
+@pytest.mark.parametrize("kind", ["cluster", "anomaly"])
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_bytes(run, tmp_path, kind):
+    settings = config(cluster={"num_clusters": 12, "num_init": 2, "init": "random", "max_iterations": 6})
+    stage, path = STAGES[kind], run.path / kind
+    counting = DyingRuntime()
+    expected_result = stage(run, settings, counting, name="whole")
+    expected = outputs(path / "whole")
+    assert len(expected) == (9 if kind == "cluster" else 8)
+    for dies_at in range(counting.yielded):
+        with pytest.raises(Killed):
+            stage(run, settings, DyingRuntime(dies_at), name=f"killed-{dies_at}")
+        assert not (path / f"killed-{dies_at}" / "result.json").exists()
+        resumed = DyingRuntime()
+        assert stage(run, settings, resumed, name=f"killed-{dies_at}") == expected_result
+        assert outputs(path / f"killed-{dies_at}") == expected
+        assert resumed.yielded <= counting.yielded - dies_at + len(open_features(run).parts)  # at most one pass again
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_workers_do_not_change_a_byte(run, metric):
+    settings = {"cluster": {"num_clusters": 12, "metric": metric, "num_init": 2}, "anomaly": {"k": 5, "metric": metric}}
+    inline = config(**settings)
+    spawned = config(**settings, runtime={"name": "local", "workers": 2})
+    runtime = make_runtime("local")
+    for kind in ("cluster", "anomaly"):
+        STAGES[kind](run, inline, DyingRuntime(), name="inline")
+        STAGES[kind](run, inline, runtime, name="one")
+        STAGES[kind](run, spawned, runtime, name="two")
+        expected = outputs(run.path / kind / "inline")
+        assert expected and outputs(run.path / kind / "one") == expected == outputs(run.path / kind / "two")
+    runtime.close()
+
+
+def test_measures_that_need_labels_are_null_without_them(tmp_path):
+    write_features(tmp_path, "train", labels=False)
+    run = RunDir(tmp_path)
+    measures = run_cluster(run, config(), DyingRuntime())["measures"]
+    assert [measures[name] for name in ("acc", "nmi", "ari", "purity")] == [None] * 4
+    assert measures["silhouette"] > 0.5 and measures["davies_bouldin"] > 0 and measures["imbalance"] >= 1
+    assert set(run_anomaly(run, config(), DyingRuntime())["measures"].values()) == {None}
+
+
+def test_anomalies_against_a_reference(run):
+    settings = config(anomaly={"datasets": ["test"], "reference": ["train"], "k": 3})
+    result = run_anomaly(run, settings, DyingRuntime())
+    assert result["num_samples"] == 60 and result["num_reference"] == 210 and result["reference"] == ["train"]
+    neighbours = np.load(run.path / "anomaly/main/neighbours/test/part-00000.npy")
+    keys = open_features(run, ["train"]).keys_of(neighbours.ravel())
+    assert all(key.startswith("train-") for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("metric", "factory"), [("l2", "Flat"), ("cosine", "IVF8,Flat"), ("cosine", "IVF8,PQ4x4,Refine(SQfp16)")]
+)
+def test_search(run, metric, factory):
+    result = run_index(run, config(index={"metric": metric, "factory": factory}), DyingRuntime())
+    assert result["recall_at_10"] > 0.5 and (result["nprobe"] is None) == (factory == "Flat")
+    index = Index.open(run)
+    query = index.features.lookup("train-2-7")
+    distances, ids = index.search(index.features.take(np.array([query])), 4)
+    assert ids[0, 0] == query and index.keys(ids[0, :1]) == ["train-2-7"]
+    assert (np.diff(distances[0]) >= 0).all() and distances[0, 0] == pytest.approx(0, abs=2e-2)
+    found = run_search(run, key="train-2-7", k=3)
+    assert [row["key"] for row in found] == index.keys(ids[0, 1:]) and found[0]["dataset"] in SIZES
+
+
+def test_search_leaves_out_the_key_itself_but_not_its_duplicates(run):
+    run_index(run, config(), DyingRuntime())
+    found = run_search(run, key="train-0-1", k=3)
+    assert {row["key"] for row in found} == {"train-0-0", "train-0-2", "train-0-3"}
+    assert all(row["distance"] == pytest.approx(0, abs=1e-6) for row in found)
+
+
+def test_wrong_searches(run):
+    with pytest.raises(UserError, match="sslscale index"):
+        run_search(run, key="train-0-0")
+    run_index(run, config(), DyingRuntime())
+    index = Index.open(run)
+    for arguments, message in [
+        ((np.ones((1, DIM + 1)), 1), "dimension"),
+        ((np.ones((1, DIM)), 271), "1 to 270"),
+        ((np.full((1, DIM), np.nan), 1), "finite"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            index.search(*arguments)
+    with pytest.raises(UserError, match="another backbone"):
+        index.search(np.ones((1, DIM)), 1, backbone="b1")
+    with pytest.raises(UserError, match="no sample with this key"):
+        run_search(run, key="nobody")
+    with pytest.raises(UserError, match="1 to 269"):
+        run_search(run, key="train-0-0", k=270)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("index", {"factory": "IFV16"}, "factory"),
+        ("index", {"factory": "IVF512,Flat"}, "at most 270 lists"),
+        ("cluster", {"num_clusters": 271}, "more clusters than samples"),
+        ("anomaly", {"k": 270}, "1 to 269"),
+        ("cluster", {"datasets": ["tset"]}, "did you mean 'test'"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_written(run, kind, settings, message):
+    with pytest.raises(UserError, match=message):
+        STAGES[kind](run, config(**{kind: settings}), DyingRuntime())
+    assert not (run.path / kind).exists()
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_features_of_another_backbone_are_refused(run, kind):
+    STAGES[kind](run, config(), DyingRuntime())
+    for name in SIZES:
+        write_features(run.path, name, backbone="b1")
+    with pytest.raises(UserError, match="made with other settings"):
+        STAGES[kind](run, config(), DyingRuntime())
+    write_features(run.path, "test", backbone="b2")
+    with pytest.raises(UserError, match="backbone: test has 'b2', train has 'b1'"):
+        STAGES[kind](run, config(), DyingRuntime(), overwrite=True)
+
+
+def test_an_index_of_earlier_features_is_refused(run):
+    run_index(run, config(index={"datasets": ["test"]}), DyingRuntime())
+    write_features(run.path, "test", labels=False)
+    with pytest.raises(UserError, match="other features"):
+        Index.open(run)
+
+
+def test_workers_open_what_the_driver_has_open(run):
+    features = open_features(run, ["train", "test"])
+    assert FeatureSet.open(features.paths).parts == features.parts
