@@ -19,7 +19,6 @@ from typing import Any
 import fsspec
 import numpy as np
 from braceexpand import braceexpand
-from braceexpand.braceexpand import UnbalancedBracesError
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -133,7 +132,7 @@ def _parse(url: str) -> tuple[str, list[str] | None]:
         raise UserError("pipe: URLs run a shell command and are refused", got=url, allowed="a path or an fsspec URL")
     try:
         urls = list(braceexpand(url))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise UserError("a brace range cannot be read", got=f"{url}: {error}", allowed="shard-{000..009}.tar") from None
     if len(urls) == 1 and not urls[0].endswith(".tar"):
         return urls[0].rstrip("/") or "/", None

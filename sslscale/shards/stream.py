@@ -69,7 +69,7 @@ class Ticket:
 
 def read_spans(shards: ShardSet, spans: Iterable[Span]) -> Iterator[Sample | Failure]:
     """The records of the spans, once and in order: a webdataset pipeline with our own tar stage in it."""
-    return iter(wds.DataPipeline(list(spans), tar_stage(shards)))
+    return iter(wds.DataPipeline(lambda: iter(spans), tar_stage(shards)))
 
 
 def tar_stage(shards: ShardSet) -> Any:

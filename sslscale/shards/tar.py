@@ -12,10 +12,13 @@ import re
 import sys
 import zlib
 from array import array
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 BLOCK = 512
+MAX_OPEN = 128  # files kept open: many streams over many small shards would pass the limit of a process
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
 ALLOWED = frozenset((*IMAGES, "cls", "txt", "json", "mp4", "npy"))  # judged by the last part: `seg.png` is a png
 UNPICKLED = frozenset(("pkl", "pickle", "pyd", "pt", "pth", "joblib"))
@@ -51,13 +54,10 @@ class TarShard:
         self._extensions: list[str] = []  # of each member
         self._offsets, self._sizes = array("q"), array("q")  # of each member's data, in bytes
         self._refused: dict[int, str] = {}  # record -> reason
-        self._file = os.open(self.path, os.O_RDONLY)
-        self._index(os.fstat(self._file).st_size)
+        with Path(self.path).open("rb") as file:
+            self._stamp = _stamp(file.fileno())
+            self._index(file.fileno(), self._stamp[0])
         self._first.append(len(self._offsets))
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -71,10 +71,11 @@ class TarShard:
         """A webdataset sample: `__key__`, `__url__` and the bytes of each extension. Raises SampleError."""
         if record in self._refused:
             raise SampleError(self._refused[record])
+        file = _open(self.path, self._stamp)
         sample: dict[str, Any] = {"__key__": self.keys[record], "__url__": self.url}
         for member in range(self._first[record], self._first[record + 1]):
             # Not through the map: a page fault would hold the GIL, and a file cut off meanwhile would kill the process.
-            data = os.pread(self._file, self._sizes[member], self._offsets[member])
+            data = os.pread(file.descriptor, self._sizes[member], self._offsets[member])
             if len(data) != self._sizes[member]:
                 raise SampleError(f"truncated: the file ends within {self._extensions[member]}")
             sample[self._extensions[member]] = data
@@ -82,11 +83,11 @@ class TarShard:
 
     # ------------------------------------------------------------------ the pass over the headers
 
-    def _index(self, size: int) -> None:
+    def _index(self, descriptor: int, size: int) -> None:
         if size == 0:
             self.damage = "the shard is empty (zero bytes)"
             return
-        with mmap.mmap(self._file, size, access=mmap.ACCESS_READ) as tar:
+        with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as tar:
             try:
                 self._walk(tar, size)
             except _Damage as damage:
@@ -147,6 +148,29 @@ class TarShard:
         self._offsets.append(start)
         self._sizes.append(length)
         return record
+
+
+@dataclass(frozen=True)
+class _File:
+    """An open file, closed with the last reference to it."""
+
+    descriptor: int
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+@lru_cache(maxsize=MAX_OPEN)
+def _open(path: str, stamp: tuple[int, ...]) -> _File:
+    file = _File(os.open(path, os.O_RDONLY))
+    if _stamp(file.descriptor) != stamp:
+        raise SampleError("the shard was replaced while it was being read")
+    return file
+
+
+def _stamp(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_ino, status.st_mtime_ns
 
 
 class _Damage(Exception):

@@ -1,0 +1,76 @@
+"""What every benchmark shares: interleaved timing, the machine's name, where results go."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchvision", "numpy", "webdataset", "deepspeed", "ray", "faiss-cpu", "faiss-gpu", "timm")
+
+
+def interleave(runs: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
+    """Median seconds of each run; the runs take turns, so that what else the machine does strikes all alike.
+
+    Every run is called once before, untimed.
+    """
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        turns = list(runs.items())
+        for name, run in turns if repeat % 2 == 0 else reversed(turns):
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def hardware() -> dict[str, Any]:
+    """`name` is short and fit for a file name; the rest says exactly what ran."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0))
+    name = f"{len(gpus)}x{gpus[0]}" if gpus else f"cpu{cores}"
+    return {
+        "name": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "gpus": gpus,
+        "python": platform.python_version(),
+        "packages": {package: version for package in PACKAGES if (version := _version(package))},
+    }
+
+
+def write_result(claim: str, result: Mapping[str, Any]) -> Path:
+    """Writes results/<claim>-<hardware>-<date>.json, prints it, and returns its path."""
+    machine, today = hardware(), datetime.date.today().isoformat()
+    path = RESULTS / f"{claim}-{machine['name']}-{today}.json"
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps({"claim": claim, "date": today, "hardware": machine, **result}, indent=2)
+    path.write_text(text + "\n")
+    print(text, path, sep="\n")
+    return path
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return found[1] if found else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

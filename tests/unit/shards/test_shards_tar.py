@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import io
+import tarfile
+
+import pytest
+import webdataset as wds
+
+from sslscale.shards.tar import SampleError, TarShard
+
+SKIPPED = [("README", b"x"), ("__m__/x.json", b"1")]
+PLAIN = [("a/0.png", b"zero"), ("a/0.cls", b"0"), ("a/1.PNG", b"one"), ("b.x/2.seg.png", b"two"), ("b.x/2.json", b"{}")]
+
+
+def by_webdataset(path):
+    samples = []
+    for sample in wds.WebDataset(str(path), shardshuffle=False):
+        sample.pop("__local_path__", None)
+        samples.append(dict(sample))
+    return samples
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_samples_equal_webdatasets(tmp_path, write_tar, format):
+    long = "deep/" * 60 + "x" * 120 if format != tarfile.USTAR_FORMAT else "d" * 90 + "/" + "x" * 80
+    accented = "é" * 40
+    members = [*PLAIN, (f"{long}.png", b"long"), (f"{accented}.png", b"a" * 512), *SKIPPED]
+    shard = TarShard(write_tar(tmp_path / "s.tar", members, format))
+    assert [shard.read(i) for i in range(len(shard))] == by_webdataset(shard.path)
+    assert shard.keys == ["a/0", "a/1", "b.x/2", long, accented]
+    assert shard.problems == []
+
+
+def test_links_and_folders_are_no_samples(tmp_path):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in [("folder.png", tarfile.DIRTYPE), ("link.png", tarfile.SYMTYPE)]:
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, 0
+            tar.addfile(info)
+        info = tarfile.TarInfo("x.png")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert TarShard(path).keys == ["x"]
+
+
+def test_a_size_beyond_octal_is_read_as_base_256(tmp_path, write_tar):
+    path = write_tar(tmp_path / "s.tar", [("a.png", b"abc"), ("b.png", b"d")], tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"\x80" + (3).to_bytes(11, "big")
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + sum(data[156:512]) + 8 * 32)
+    path.write_bytes(data)
+    shard = TarShard(path)
+    assert [shard.read(i)["png"] for i in range(2)] == [b"abc", b"d"]
+
+
+def test_truncation_within_a_member_fails_its_sample_only(tmp_path, write_tar):
+    path = write_tar(tmp_path / "s.tar", [("a.png", b"a" * 600), ("b.png", b"b" * 2000)])
+    path.write_bytes(path.read_bytes()[: 512 + 1024 + 512 + 100])
+    shard = TarShard(path)
+    assert shard.keys == ["a", "b"]
+    assert shard.read(0)["png"] == b"a" * 600
+    with pytest.raises(SampleError, match="truncated: the file ends at byte 2148"):
+        shard.read(1)
+    assert [key for key, _ in shard.problems] == ["b", None]
+
+
+@pytest.mark.parametrize("keep", [1024, 1024 + 200])
+def test_truncation_between_members_is_damage(tmp_path, write_tar, keep):
+    path = write_tar(tmp_path / "s.tar", [("a.png", b"a"), ("b.png", b"b")])
+    path.write_bytes(path.read_bytes()[:keep])
+    shard = TarShard(path)
+    assert shard.keys == ["a"]
+    assert shard.damage == f"truncated: no end-of-archive mark before byte {keep}"
+
+
+def test_a_zero_byte_shard_is_damage(tmp_path):
+    (tmp_path / "s.tar").touch()
+    shard = TarShard(tmp_path / "s.tar")
+    assert len(shard) == 0
+    assert shard.problems == [(None, "the shard is empty (zero bytes)")]
+
+
+@pytest.mark.parametrize("byte", [0, 50, 130, 150, 300])
+def test_a_flipped_bit_in_a_header_is_found(tmp_path, write_tar, byte):
+    path = write_tar(tmp_path / "s.tar", [("a.png", b"a"), ("b.png", b"b"), ("c.png", b"c")])
+    data = bytearray(path.read_bytes())
+    data[1024 + byte] ^= 1
+    path.write_bytes(data)
+    shard = TarShard(path)
+    assert shard.keys == ["a"]
+    assert shard.damage is not None
+    assert shard.damage.startswith("corrupt: the header at byte 1024")
+
+
+def test_what_is_no_tar_is_damage(tmp_path):
+    (tmp_path / "s.tar").write_bytes(b"hello" * 1000)
+    assert TarShard(tmp_path / "s.tar").damage is not None
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [("a.pkl", "refused member .pkl: it would be unpickled"), ("a.pyd", "unpickled"), ("a.x.pickle", "unpickled"),
+     ("a.exe", "refused member .exe: allowed are bmp cls"), ("a.png", "two members .png")],
+)  # fmt: skip
+def test_a_refused_member_fails_its_sample_only(tmp_path, write_tar, member, reason):
+    shard = TarShard(write_tar(tmp_path / "s.tar", [("a.png", b"1"), (member, b"2"), ("b.png", b"3")]))
+    with pytest.raises(SampleError, match=reason):
+        shard.read(0)
+    assert shard.read(1)["png"] == b"3"
+    assert [key for key, _ in shard.problems] == ["a"]
+
+
+def test_a_file_cut_off_after_opening_fails_the_sample(tmp_path, write_tar):
+    path = write_tar(tmp_path / "s.tar", [("a.png", b"a"), ("b.png", b"b" * 5000)])
+    shard = TarShard(path)
+    assert shard.read(0)["png"] == b"a"
+    with path.open("r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(SampleError, match="the file ends within png"):
+        shard.read(1)
+
+
+def test_a_file_replaced_after_opening_fails_the_sample(tmp_path, write_tar):
+    shard = TarShard(write_tar(tmp_path / "s.tar", [("a.png", b"a")]))
+    write_tar(tmp_path / "new.tar", [("a.png", b"b")]).replace(shard.path)
+    with pytest.raises(SampleError, match="replaced"):
+        shard.read(0)
