@@ -28,9 +28,9 @@ class Pool(Protocol):
     def map(self, method: str, items: Iterable[Any], broadcast: Any = None) -> Iterator[tuple[int, Any]]:
         """Yields `(index of the item, result)` as results finish.
 
-        `broadcast` is sent once to each worker, not once an item. A lost worker is replaced and its item tried again,
-        up to the runtime's `max_retries`, then StageError. An exception that the method raises is not retried: it
-        reaches the caller as it is.
+        `broadcast` is sent once to each worker, not once an item; a method must not write to it. A lost worker is
+        replaced and its item tried again, up to the runtime's `max_retries`, then StageError. An exception that the
+        method, or the worker's constructor, raises is not retried: it reaches the caller as it is.
         """
         ...
 
@@ -51,15 +51,15 @@ class Runtime(Protocol):
         ...
 
 
-def make_runtime(name: str, *, address: str | None = None, max_retries: int = 3) -> Runtime:
-    """The runtime called `name`; nothing is started before its first pool."""
+def make_runtime(name: str, *, address: str | None = None, max_retries: int = 3, verbose: bool = False) -> Runtime:
+    """The runtime called `name`; nothing is started before its first pool. `verbose` shows what Ray's workers print."""
     if name == "local":
         from sslscale.runtime.local import LocalRuntime
 
         return LocalRuntime(max_retries=max_retries)
     from sslscale.runtime.ray import RayRuntime
 
-    return RayRuntime(address=address, max_retries=max_retries)
+    return RayRuntime(address=address, max_retries=max_retries, verbose=verbose)
 
 
 @contextlib.contextmanager
