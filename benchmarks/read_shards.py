@@ -42,7 +42,7 @@ def photographs(count: int) -> Iterator[dict[str, Any]]:
     photos = [Image.fromarray(image) for image in load_sample_images().images]
     for index in range(count):
         x, y = rng.integers(0, 640 - 560), rng.integers(0, 427 - 400)
-        yield sample(index, photos[index % 2].crop((x, y, x + 560, y + 400)), "jpeg", quality=93)
+        yield sample(index, photos[index % 2].crop((x, y, x + 560, y + 400)), "jpeg", quality=95)
 
 
 def sample(index: int, image: Image.Image, format: str, **options: Any) -> dict[str, Any]:

@@ -162,7 +162,8 @@ def _list_folder(fs: fsspec.AbstractFileSystem, path: str, url: str, known: Mapp
         entries = fs.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError("the folder of shards does not exist", got=url) from None
-    sizes = {e["name"].rpartition("/")[2]: e["size"] for e in entries if e["name"].endswith(".tar")}
+    found = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries}
+    sizes = {name: size for name, size in found.items() if name.endswith(".tar") and not name.startswith(".")}
     if not sizes:
         raise UserError("there are no shards here", got=url, allowed="*.tar", fix="sslscale pack makes them")
     return dict(sorted(sizes.items()))

@@ -69,19 +69,15 @@ class Ticket:
 
 def read_spans(shards: ShardSet, spans: Iterable[Span]) -> Iterator[Sample | Failure]:
     """The records of the spans, once and in order: a webdataset pipeline with our own tar stage in it."""
-    return iter(wds.DataPipeline(lambda: iter(spans), tar_stage(shards)))
+    return iter(wds.DataPipeline(lambda: draw_spans(shards, spans), wds.map(Ticket.read)))
 
 
-def tar_stage(shards: ShardSet) -> Any:
-    """A webdataset pipeline stage: spans in, `Sample | Failure` out. It stands where `tarfile_to_samples` would."""
-
-    def run(spans: Iterable[Span]) -> Iterator[Sample | Failure]:
-        for span in spans:
-            tar = shards.open(span.shard)
-            for record in range(span.start, span.stop):
-                yield Ticket(shards, tar, span.shard, record, epoch=0).read()
-
-    return run
+def draw_spans(shards: ShardSet, spans: Iterable[Span]) -> Iterator[Ticket]:
+    """The records of the spans in order, not read yet: for readers that read and decode in threads."""
+    for span in spans:
+        tar = shards.open(span.shard)
+        for record in range(span.start, span.stop):
+            yield Ticket(shards, tar, span.shard, record, epoch=0)
 
 
 class StreamReader:
@@ -131,8 +127,9 @@ class StreamReader:
         return ticket
 
     def _plan_epoch(self) -> None:
-        self._spans = plan_stream(self.shards.counts, self.seed, self._epoch, self.stream, self.num_streams)
-        self._ends = np.cumsum([len(span) for span in self._spans])
+        spans = plan_stream(self.shards.counts, self.seed, self._epoch, self.stream, self.num_streams)
+        self._ends = np.cumsum([len(span) for span in spans])
+        self._shards, self._stops = np.array([(span.shard, span.stop) for span in spans]).T
 
     def _plan_block(self) -> None:
         """The (shard, record) of each place of the cursor's block, and its shards, open until the next block is."""
@@ -141,7 +138,6 @@ class StreamReader:
         stop = min(start + self.shuffle_block, len(self))
         places = start + block_permutation(stop - start, self.seed, self._epoch, self.stream, block)
         spans = np.searchsorted(self._ends, places, side="right")
-        shards = np.array([span.shard for span in self._spans])[spans]
-        records = np.array([span.stop for span in self._spans])[spans] - self._ends[spans] + places
+        shards, records = self._shards[spans], self._stops[spans] - self._ends[spans] + places
         self._block = list(zip(shards.tolist(), records.tolist(), strict=True))
         self._tars = {shard: self.shards.open(shard) for shard in np.unique(shards).tolist()}

@@ -149,6 +149,8 @@ def _finish_split(folder: Path, split: str, jobs: list[ShardJob], stage: Stage) 
     """Writes the split's shards.json from the shards' markers; returns its summary."""
     shards = [record for job in jobs if job.split == split and (record := stage.part_done(job.name))]
     write_index(folder, shards)
+    for leftover in folder.glob(".*.tmp"):  # of a call that was killed
+        leftover.unlink()
     return {
         "samples": sum(shard["samples"] for shard in shards),
         "shards": len(shards),

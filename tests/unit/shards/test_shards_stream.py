@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from sslscale.errors import UserError
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.plan import Cursor, Span
 from sslscale.shards.stream import Failure, Sample, StreamReader, read_spans
+from sslscale.shards.tar import MAX_OPEN
 
 COUNTS = [7, 11, 3]
 
@@ -81,3 +83,12 @@ def test_streams_share_open_shards_and_let_them_go(make_shards):
     assert len({id(ticket.tar) for ticket in tickets}) <= 2
     del readers, tickets
     assert not list(islice(shards._open.values(), 1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files where Linux lists them")
+def test_many_small_shards_do_not_hold_many_files(make_shards):
+    shards = open_shards(str(make_shards([1] * (MAX_OPEN + 70))))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    tars = [shards.open(shard) for shard in range(len(shards.shards))]
+    assert [tar.read(0)["__key__"] for tar in tars] == [f"s{shard:04d}" for shard in range(len(tars))]
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= MAX_OPEN

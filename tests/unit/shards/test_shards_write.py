@@ -69,7 +69,7 @@ def test_a_second_call_writes_only_what_is_missing(tmp_path, monkeypatch):
     )
     assert write.run_pack(config(tmp_path, workers=2)) == first
     assert written == []
-    (tmp_path / "train" / "train-00001.tar").unlink()
+    (tmp_path / "train" / "train-00001.tar").rename(tmp_path / "train" / ".train-00001.tar.1.tmp")
     assert write.run_pack(config(tmp_path)) == first
     assert written == ["train-00001.tar"]
     assert contents(tmp_path / "train") == before
