@@ -12,9 +12,9 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from sslscale.cluster.kernels import Farthest, Totals, accumulate, blocks, farthest, nearest_centroid, squared_distances
-from sslscale.cluster.lloyd import ArrayRows, initial_state, lloyd, sample_positions
+from sslscale.cluster.lloyd import ArrayRows, initial_state, lloyd
 from sslscale.errors import UserError
-from sslscale.features import FeatureSet
+from sslscale.features import FeatureSet, sample_positions
 from sslscale.features.distance import prepare, to_distance, to_objective
 from sslscale.features.files import write_npy
 from sslscale.runtime.base import Pool

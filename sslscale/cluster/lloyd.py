@@ -15,6 +15,7 @@ import numpy as np
 from sklearn.cluster import kmeans_plusplus
 
 from sslscale.cluster.kernels import Farthest, Totals, accumulate, farthest
+from sslscale.features import sample_positions
 from sslscale.features.distance import prepare
 from sslscale.features.files import replacing
 
@@ -56,13 +57,6 @@ class ArrayRows:
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         at = sample_positions(self.num_rows, size, seed)
         return prepare(self.x[at], self.metric), np.ones(len(at)) if self.weights is None else self.weights[at]
-
-
-def sample_positions(num_rows: int, size: int, seed: int) -> np.ndarray:
-    """`min(size, num_rows)` distinct positions below `num_rows`, ascending, int64."""
-    if size >= num_rows:
-        return np.arange(num_rows)
-    return np.sort(np.random.default_rng(seed).choice(num_rows, size, replace=False, shuffle=False))
 
 
 @dataclass

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from sslscale.cluster.kmeans import KMeansWorker, PoolRows, check_num_clusters
-from sslscale.cluster.lloyd import LloydState, initial_state, lloyd, sample_positions
+from sslscale.cluster.lloyd import LloydState, initial_state, lloyd
 from sslscale.cluster.measures import davies_bouldin, imbalance, label_measures, silhouette
 from sslscale.config import ClusterConfig, RunConfig
 from sslscale.errors import UserError
-from sslscale.features import FeatureSet, open_features
+from sslscale.features import FeatureSet, open_features, sample_positions
 from sslscale.features.distance import to_objective
 from sslscale.features.files import write_npy
 from sslscale.rundir import Metrics, RunDir, Stage

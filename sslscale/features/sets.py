@@ -156,6 +156,13 @@ class FeatureSet:
         return ((int(number), np.flatnonzero(numbers == number)) for number in np.unique(numbers))
 
 
+def sample_positions(num_rows: int, size: int, seed: int) -> np.ndarray:
+    """`min(size, num_rows)` distinct positions below `num_rows`, ascending, int64."""
+    if size >= num_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(seed).choice(num_rows, size, replace=False, shuffle=False))
+
+
 def open_features(run: RunDir, datasets: Sequence[str] | None = None) -> FeatureSet:
     """The features that a run has embedded: of `datasets`, in that order, or of every embedded dataset by name.
 
@@ -181,12 +188,12 @@ def open_features(run: RunDir, datasets: Sequence[str] | None = None) -> Feature
 
 
 def _check_backbone(run: RunDir, dataset: str, store: FeatureStore) -> None:
-    """Refuses features of the run's pretrained backbone when that backbone is another by now."""
-    exported = run.stage_path("pretrain") / "backbone" / "backbone.json"
-    stage = run.stage_path("embed", dataset) / "stage.json"
-    if not (exported.is_file() and stage.is_file()) or read_json(stage)["settings"].get("backbone") != "pretrain":
+    """Refuses features that embed made by the run's own backbone, when that backbone is another by now."""
+    exported = run.stage_path("pretrain") / "backbone"
+    result = run.stage_path("embed", dataset) / "result.json"
+    if not (exported.is_dir() and result.is_file()) or read_json(result)["backbone"]["location"] != str(exported):
         return
-    current = read_json(exported)["sha256"]
+    current = read_json(exported / "backbone.json")["sha256"]
     if store.backbone != current:
         raise UserError(
             f"the features of {dataset} were made by another backbone than this run's",

@@ -14,7 +14,7 @@ import numpy as np
 
 from sslscale.config import IndexConfig, RunConfig
 from sslscale.errors import UserError
-from sslscale.features import FeatureSet, open_features
+from sslscale.features import FeatureSet, open_features, sample_positions
 from sslscale.features.distance import prepare
 from sslscale.features.files import replacing
 from sslscale.index.exact import SetReference, exact_knn
@@ -58,15 +58,14 @@ def run_index(
 def _build(
     stage: Stage, settings: IndexConfig, seed: int, features: FeatureSet, factory: str, index: faiss.Index
 ) -> dict[str, Any]:
-    generator = np.random.default_rng(seed)
     if not index.is_trained:
-        at = _sample(generator, features.num_rows, settings.train_rows)
+        at = sample_positions(features.num_rows, settings.train_rows, seed)
         index.train(_vectors(features.take(features.row_ids(at)), settings.metric))
     with Progress("index", total=features.num_rows, unit="rows") as progress:
         for first, rows in SetReference(features).blocks():
             index.add_with_ids(_vectors(rows, settings.metric), np.arange(first, first + len(rows), dtype=np.int64))
             progress.advance(len(rows))
-    at = _sample(generator, features.num_rows, settings.recall_queries)
+    at = sample_positions(features.num_rows, settings.recall_queries, seed)
     recall, nprobe = _tune(index, features, features.row_ids(at), settings)
     with replacing(stage.path / "index.faiss") as temporary:
         faiss.write_index(index, str(temporary))
@@ -117,12 +116,6 @@ def _check_training_rows(index: faiss.Index, factory: str, rows: int) -> None:
 
 def _vectors(rows: np.ndarray, metric: str) -> np.ndarray:
     return np.ascontiguousarray(prepare(rows, metric), dtype=np.float32)
-
-
-def _sample(generator: np.random.Generator, num_rows: int, size: int) -> np.ndarray:
-    if size >= num_rows:
-        return np.arange(num_rows)
-    return np.sort(generator.choice(num_rows, size, replace=False, shuffle=False))
 
 
 def _tune(

@@ -5,7 +5,8 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sslscale.cluster import KMeans
-from sslscale.cluster.lloyd import ArrayRows, LloydState, initial_state, lloyd, sample_positions
+from sslscale.cluster.kmeans import _in_order
+from sslscale.cluster.lloyd import ArrayRows, LloydState, initial_state, lloyd
 from sslscale.errors import UserError
 
 
@@ -152,8 +153,5 @@ def test_a_restart_does_not_depend_on_its_neighbours():
     assert len(set(together.iterations)) > 1  # they did not all stop at once
 
 
-def test_sample_positions():
-    at = sample_positions(10**9, 1000, seed=0)
-    assert len(np.unique(at)) == 1000 and (np.diff(at) > 0).all() and at[-1] < 10**9
-    np.testing.assert_array_equal(at, sample_positions(10**9, 1000, seed=0))
-    np.testing.assert_array_equal(sample_positions(5, 9, seed=0), np.arange(5))
+def test_results_are_reduced_in_the_order_of_their_parts():
+    assert list(_in_order(iter([(2, "c"), (0, "a"), (3, "d"), (1, "b")]))) == ["a", "b", "c", "d"]

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sslscale.errors import UserError
-from sslscale.features import FeatureSet, FeatureStore, open_features
+from sslscale.features import FeatureSet, FeatureStore, open_features, sample_positions
 from sslscale.features.store import ROW_GROUP, hash_keys
 from sslscale.rundir import RunDir, write_json
 
@@ -151,13 +151,20 @@ def test_open_features_names_what_is_embedded(tmp_path):
 
 
 def test_features_of_an_earlier_backbone_of_the_run_are_refused(tmp_path):
-    run = RunDir(tmp_path)
+    run, exported = RunDir(tmp_path), tmp_path / "pretrain" / "backbone"
     write_store(tmp_path / "embed" / "train", backbone="b0")
-    write_json(tmp_path / "embed" / "train" / "stage.json", {"settings": {"backbone": "pretrain"}})
-    write_json(tmp_path / "pretrain" / "backbone" / "backbone.json", {"sha256": "b0"})
+    write_json(tmp_path / "embed" / "train" / "result.json", {"backbone": {"location": str(exported)}})
+    write_json(exported / "backbone.json", {"sha256": "b0"})
     assert open_features(run).backbone == "b0"
-    write_json(tmp_path / "pretrain" / "backbone" / "backbone.json", {"sha256": "b1"})
+    write_json(exported / "backbone.json", {"sha256": "b1"})
     with pytest.raises(UserError, match="another backbone"):
         open_features(run)
-    write_json(tmp_path / "embed" / "train" / "stage.json", {"settings": {"backbone": "pixels"}})
+    write_json(tmp_path / "embed" / "train" / "result.json", {"backbone": {"location": "pixels"}})
     assert open_features(run).backbone == "b0"
+
+
+def test_sample_positions():
+    at = sample_positions(10**9, 1000, seed=0)
+    assert len(np.unique(at)) == 1000 and (np.diff(at) > 0).all() and at[-1] < 10**9
+    np.testing.assert_array_equal(at, sample_positions(10**9, 1000, seed=0))
+    np.testing.assert_array_equal(sample_positions(5, 9, seed=0), np.arange(5))
