@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 from sslscale.config.models import RunConfig, StageConfig
 from sslscale.errors import UserError, did_you_mean
 
-
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -24,25 +23,36 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunCo
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    tree = OmegaConf.create({})
+    for override in overrides:
+        if not override.partition("=")[0] or "=" not in override:
+            raise UserError("an override has the form section.key=value", got=override)
+    if path is not None and not Path(path).is_file():
+        raise UserError("there is no such config file", got=path, fix="give the path of a YAML file with -c")
     try:
-        if path is not None:
-            if not Path(path).is_file():
-                raise UserError("there is no such config file", got=path, fix="give the path of a YAML file with -c")
-            loaded = OmegaConf.load(path)
-            if not OmegaConf.is_dict(loaded):
-                raise UserError("a config file holds a mapping of sections", got=path)
-            tree = OmegaConf.merge(tree, loaded)
-        for override in overrides:
-            key, separator, _ = override.partition("=")
-            if not separator or not key:
-                raise UserError("an override has the form section.key=value", got=override)
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+        loaded = OmegaConf.create({}) if path is None else OmegaConf.create(Path(path).read_text())
+        if not OmegaConf.is_dict(loaded):
+            raise UserError("a config file holds a mapping of sections", got=path)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError("the config does not parse", got=str(error).strip().splitlines()[0]) from error
     assert isinstance(plain, dict)
-    return validate(RunConfig, plain)
+    return _absolute(validate(RunConfig, plain))
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Relative folders belong to this process's working directory; workers and ranks have another."""
+    config.run = _absolute_path(config.run)
+    config.datasets = {name: _absolute_path(location) for name, location in config.datasets.items()}
+    if config.pack is not None:
+        config.pack.output = _absolute_path(config.pack.output)
+    return config
+
+
+def _absolute_path(location: str) -> str:
+    return (
+        location if "://" in location or location.startswith("pipe:") else str(Path(location).expanduser().absolute())
+    )
 
 
 def validate(model: type[Model], values: dict[Any, Any], prefix: str = "") -> Model:
@@ -53,7 +63,9 @@ def validate(model: type[Model], values: dict[Any, Any], prefix: str = "") -> Mo
         complaints = error.errors()
         first = _explain(model, complaints[0], prefix)
         if len(complaints) > 1:
-            first.fix = "; ".join(filter(None, [first.fix, f"{len(complaints) - 1} more wrong settings after this one"]))
+            first.fix = "; ".join(
+                filter(None, [first.fix, f"{len(complaints) - 1} more wrong settings after this one"])
+            )
         raise UserError(first.what, got=first.got, allowed=first.allowed, fix=first.fix) from None
 
 
@@ -79,7 +91,9 @@ def _section(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]
     """The model that holds the key at `location`, through optional sections."""
     for part in location:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        candidates = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)]
+        candidates = [
+            c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)
+        ]
         if not candidates:
             return model
         model = candidates[0]

@@ -124,7 +124,9 @@ class PretrainConfig(StageConfig):
     epochs: float | None = Field(10, gt=0)
     steps: int | None = Field(None, ge=1, description="instead of epochs")
     global_batch: Positive = 256
-    micro_batch: int | None = Field(None, ge=1, description="largest batch of one pass on one rank; none: no accumulation")
+    micro_batch: int | None = Field(
+        None, ge=1, description="largest batch of one pass on one rank; none: no accumulation"
+    )
     num_streams: Positive = Field(8, description="streams of the shard plan; belongs to the run, not to the cluster")
     shuffle_block: Positive = Field(16384, description="samples shuffled together within a stream")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -160,7 +162,9 @@ class EmbedConfig(StageConfig):
     """A backbone over shards, into feature parts."""
 
     datasets: list[str] = Field(default_factory=lambda: ["train"], min_length=1)
-    backbone: str = Field("pretrain", description="pretrain (this run's), a backbone/ folder, pixels, hog or module:Class")
+    backbone: str = Field(
+        "pretrain", description="pretrain (this run's), a backbone/ folder, pixels, hog or module:Class"
+    )
     part_rows: Positive = Field(2**18, description="target rows of a part")
     batch_size: Positive = 256
     dtype: Literal["fp16", "fp32"] = "fp16"
@@ -221,6 +225,7 @@ class RunConfig(StageConfig):
     run: str = Field("runs/main", description="the run directory")
     seed: int = 0
     datasets: dict[str, str] = Field(default_factory=dict, description="name -> shards: a folder, file or brace range")
+    limit: int | None = Field(None, ge=1, description="use at most so many samples of a dataset")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     pack: PackConfig | None = None
     pretrain: PretrainConfig | None = None
@@ -229,4 +234,6 @@ class RunConfig(StageConfig):
     cluster: ClusterConfig | None = Field(default_factory=ClusterConfig)
     anomaly: AnomalyConfig | None = Field(default_factory=AnomalyConfig)
     report: ReportConfig | None = Field(default_factory=ReportConfig)
-    baselines: list[str] = Field(default_factory=list, description="backbones (pixels, hog) to cluster with the same code")
+    baselines: list[str] = Field(
+        default_factory=list, description="backbones (pixels, hog) to cluster with the same code"
+    )

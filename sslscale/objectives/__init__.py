@@ -1,0 +1,74 @@
+"""Objectives by name. Adding one: its file, one line here, one config; or `package.module:Class` in a config."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from sslscale.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from sslscale.config import AugmentConfig
+    from sslscale.models.image import Backbone
+    from sslscale.objectives.base import Objective
+
+OBJECTIVES = {
+    "context_prediction": "sslscale.objectives.context_prediction:ContextPrediction",
+    "rotation": "sslscale.objectives.rotation:Rotation",
+    "simclr": "sslscale.objectives.simclr:SimCLR",
+}
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The class registered as `name`, or the one at `package.module:Class`."""
+    from sslscale.objectives.base import Objective
+
+    location = OBJECTIVES.get(name, name)
+    module, separator, attribute = location.partition(":")
+    if not separator:
+        raise UserError(
+            f"there is no objective {name!r}{did_you_mean(name, OBJECTIVES)}",
+            allowed=", ".join(sorted(OBJECTIVES)) + ", or package.module:Class",
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the objective {name!r} cannot be imported", got=str(error)) from None
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise UserError(f"{name!r} is not an objective", allowed="a subclass of sslscale.objectives.base.Objective")
+    return found
+
+
+def objective_settings(config: dict[str, Any]) -> tuple[type[Objective], dict[str, Any]]:
+    """The objective's class and its settings, validated against the class's keyword arguments; defaults filled in."""
+    from pydantic import ConfigDict, create_model
+
+    from sslscale.config import validate
+
+    settings = dict(config)
+    if "name" not in settings:
+        raise UserError("pretrain.objective needs a name", allowed=", ".join(sorted(OBJECTIVES)))
+    name = str(settings.pop("name"))
+    cls = find_objective(name)
+    hints = get_type_hints(cls.__init__)
+    fields: dict[str, Any] = {
+        parameter.name: (
+            hints.get(parameter.name, Any),
+            ... if parameter.default is parameter.empty else parameter.default,
+        )
+        for parameter in inspect.signature(cls.__init__).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    model = create_model(cls.__name__, __config__=ConfigDict(extra="forbid", validate_default=True), **fields)
+    return cls, validate(model, settings, prefix=f"pretrain.objective({name})").model_dump()
+
+
+def build_objective(config: dict[str, Any], backbone: Backbone, recipe: AugmentConfig) -> Objective:
+    """The objective that a config names, over `backbone`, with BatchNorm statistics over all ranks."""
+    from sslscale.models.norm import gather_batch_norm
+
+    cls, settings = objective_settings(config)
+    objective = cls(backbone, recipe, **settings)
+    gather_batch_norm(objective)
+    return objective

@@ -48,17 +48,22 @@ class ShardSet:
     url: str
     shards: Sequence[ShardInfo]
     cache: Path | None = None
+    limit: int | None = None
+    """Only the first so many samples count; None is all of them."""
     _open: weakref.WeakValueDictionary[int, TarShard] = field(
         default_factory=weakref.WeakValueDictionary, init=False, repr=False, compare=False
     )
 
     def __reduce__(self) -> tuple[Any, ...]:  # open files stay in their process
-        return ShardSet, (self.url, self.shards, self.cache)
+        return ShardSet, (self.url, self.shards, self.cache, self.limit)
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """Samples that each shard promises: int64 (shards,)."""
-        return np.array([info.samples for info in self.shards], dtype=np.int64)
+        """Samples that each shard promises, as far as `limit` goes: int64 (shards,)."""
+        promised = np.array([info.samples for info in self.shards], dtype=np.int64)
+        if self.limit is None:
+            return promised
+        return np.clip(self.limit - (np.cumsum(promised) - promised), 0, promised)
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -72,7 +77,8 @@ class ShardSet:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the shards' names, samples, bytes and sha256: the dataset's identity, wherever it lies."""
-        return hash_json([[info.name, info.samples, info.bytes, info.sha256] for info in self.shards])
+        shards = [[info.name, info.samples, info.bytes, info.sha256] for info in self.shards]
+        return hash_json(shards if self.limit is None else [self.limit, *shards])
 
     def local_path(self, info: ShardInfo) -> Path:
         """Where the shard lies on this machine. A remote one is copied into the cache on first use."""
@@ -94,10 +100,11 @@ class ShardSet:
         return tar
 
 
-def open_shards(url: str, cache: Path | None = None) -> ShardSet:
+def open_shards(url: str, cache: Path | None = None, limit: int | None = None) -> ShardSet:
     """The shards in a folder, a single tar, or a brace range `shard-{000..009}.tar`; a path or any fsspec URL.
 
-    `cache` is a folder for copies of remote shards, and for the shards.json of a folder that cannot be written.
+    `cache` is a folder for copies of remote shards, and for the shards.json of a folder that cannot be written;
+    `limit` uses the first so many samples only.
     Raises UserError for a `pipe:` URL, a missing folder, no shards, and a shards.json that does not match the folder.
     """
     folder, names = _parse(url)
@@ -115,7 +122,9 @@ def open_shards(url: str, cache: Path | None = None) -> ShardSet:
         sizes = {name: _size(fs, f"{path}/{name}", url) for name in names}
     if known is None or not known.keys() >= sizes.keys():
         known = _make_index(folder, sizes, cache, beside=Path(path) if names is None and _is_local(fs) else None)
-    return ShardSet(url, tuple(ShardInfo(name=name, url=f"{folder}/{name}", **known[name]) for name in sizes), cache)
+    return ShardSet(
+        url, tuple(ShardInfo(name=name, url=f"{folder}/{name}", **known[name]) for name in sizes), cache, limit
+    )
 
 
 def write_index(folder: Path, shards: list[dict[str, Any]]) -> None:

@@ -1,0 +1,117 @@
+"""BatchNorm with statistics over all ranks, on any device (torch's SyncBatchNorm refuses CPU tensors)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from sslscale.models.collectives import world_size
+
+
+class _GatheredBatchNorm(torch.autograd.Function):
+    """Normalises by the mean and variance of the global batch; the two sums that cross ranks are all-reduced.
+
+    With x' = (x - mean) / std and g the gradient of the output, N the global count of a channel:
+    dL/dx = weight / std * (g - sum(g) / N - x' sum(g x') / N)   (Ioffe & Szegedy 2015, section 3).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        axes = [0, *range(2, x.dim())]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        local_var, local_mean = torch.var_mean(wide, axes, correction=0)
+        # ranks hold equally many samples, so the global moments are plain means over ranks
+        moments = torch.stack([local_mean, local_var + local_mean.square()])
+        dist.all_reduce(moments)
+        mean, square = (moments / world_size()).unbind()
+        var = square - mean.square()
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_: Tensor):
+        x, weight, mean, var = ctx.saved_tensors
+        count = x.numel() // x.shape[1] * world_size()
+        inv_std = torch.rsqrt(var + ctx.eps)
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        axes = [0, *range(2, x.dim())]
+        grad_bias = gradient.sum(axes)
+        grad_weight = ((gradient * x).sum(axes) - mean * grad_bias) * inv_std
+        sums = torch.stack([grad_bias, grad_weight]).to(mean.dtype)
+        dist.all_reduce(sums)
+        # dL/dx as one affine map of (gradient, x) a channel
+        slope = -inv_std * sums[1] / count
+        offset = -sums[0] / count - slope * mean
+        scale = (weight * inv_std).view(shape)
+        grad_x = scale * (gradient + slope.view(shape) * x + offset.view(shape))
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+
+
+class _Gathered:
+    """Mixin over torch's BatchNorm classes: the same parameters, buffers and state names."""
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        module: nn.BatchNorm2d = self  # type: ignore[assignment]
+        if not module.training or world_size() == 1:
+            batch_stats = module.training
+            if batch_stats and module.num_batches_tracked is not None:
+                module.num_batches_tracked.add_(1)
+            return F.batch_norm(
+                x,
+                module.running_mean,
+                module.running_var,
+                module.weight,
+                module.bias,
+                batch_stats,
+                module.momentum or 0.0,
+                module.eps,
+            )
+        assert module.running_mean is not None and module.running_var is not None
+        assert module.num_batches_tracked is not None
+        y, mean, var = _GatheredBatchNorm.apply(x, module.weight, module.bias, module.eps)
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * world_size()
+            module.num_batches_tracked.add_(1)
+            module.running_mean.lerp_(mean.to(module.running_mean.dtype), module.momentum or 0.0)
+            module.running_var.lerp_((var * count / (count - 1)).to(module.running_var.dtype), module.momentum or 0.0)
+        return y
+
+
+class GatheredBatchNorm1d(_Gathered, nn.BatchNorm1d):
+    """BatchNorm1d over the global batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normalise(x)
+
+
+class GatheredBatchNorm2d(_Gathered, nn.BatchNorm2d):
+    """BatchNorm2d over the global batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normalise(x)
+
+
+class GatheredBatchNormAct2d(_Gathered, BatchNormAct2d):
+    """timm's BatchNorm with its activation, over the global batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(self._normalise(x)))
+
+
+_GATHERED: dict[type, type] = {
+    nn.BatchNorm1d: GatheredBatchNorm1d,
+    nn.BatchNorm2d: GatheredBatchNorm2d,
+    BatchNormAct2d: GatheredBatchNormAct2d,
+}
+
+
+def gather_batch_norm(module: nn.Module) -> nn.Module:
+    """Gives every BatchNorm in `module` statistics over all ranks, in place. Names and state stay as they are."""
+    for child in module.modules():
+        if type(child) in _GATHERED:
+            child.__class__ = _GATHERED[type(child)]
+    return module

@@ -1,0 +1,131 @@
+"""`sslscale run`: the stages in order over one run directory, and the table of stages that the CLI's verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sslscale.config import RunConfig, dump_config
+from sslscale.errors import UserError
+from sslscale.provenance import provenance
+from sslscale.rundir import RunDir, hash_json, write_atomic
+from sslscale.runtime.base import Runtime, make_runtime
+
+# A stage takes (run, config, runtime, overwrite, name) and returns its result.
+StageFunction = Callable[[RunDir, RunConfig, Runtime, bool, str], Any]
+
+
+def _pack(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.shards.write import run_pack
+
+    if config.pack is None:
+        raise UserError("the config has no pack section", fix="add pack.source=NAME pack.output=DIR")
+    return run_pack(config.pack, overwrite=overwrite)
+
+
+def _pretrain(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.pretrain.stage import run_pretrain
+
+    return run_pretrain(run, config, runtime, overwrite=overwrite)
+
+
+def _embed(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.embed.stage import run_embed
+
+    return run_embed(run, config, runtime, overwrite=overwrite)
+
+
+def _index(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.index.build import run_index
+
+    return run_index(run, config, runtime, name=name, overwrite=overwrite)
+
+
+def _cluster(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.cluster.stage import run_cluster
+
+    return run_cluster(run, config, runtime, name=name, overwrite=overwrite)
+
+
+def _anomaly(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.anomaly.stage import run_anomaly
+
+    return run_anomaly(run, config, runtime, name=name, overwrite=overwrite)
+
+
+def _baselines(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    """Each baseline is a run of its own inside this one: the same code over other features, not normalised."""
+    results = {}
+    for backbone in config.baselines:
+        with RunDir(run.path / "baselines" / backbone) as inner:
+            theirs = config.model_copy(
+                update={"embed": config.embed.model_copy(update={"backbone": backbone, "normalize": False})}
+            )
+            _embed(inner, theirs, runtime, overwrite, name)
+            results[backbone] = _cluster(inner, theirs, runtime, overwrite, name)
+    return results
+
+
+def _report(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.report.render import run_report
+
+    return run_report(run, config, name=name)
+
+
+STAGES: dict[str, StageFunction] = {
+    "pack": _pack,
+    "pretrain": _pretrain,
+    "embed": _embed,
+    "index": _index,
+    "cluster": _cluster,
+    "anomaly": _anomaly,
+    "baselines": _baselines,
+    "report": _report,
+}
+
+
+def planned_stages(config: RunConfig) -> list[str]:
+    """The stages that `run` goes through: those that the config has a section for."""
+    return [stage for stage in STAGES if getattr(config, stage)]
+
+
+def run_stages(
+    stages: list[str],
+    config: RunConfig,
+    *,
+    name: str = "main",
+    overwrite: bool = False,
+    command: str = "run",
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Runs these stages in order; returns each one's result. The run directory is held meanwhile."""
+    runtime = make_runtime(
+        config.runtime.name, address=config.runtime.address, max_retries=config.runtime.max_retries, verbose=verbose
+    )
+    results: dict[str, Any] = {}
+    with RunDir(config.run) as run:
+        write_atomic(run.path / "config.yaml", dump_config(config))
+        run.record(
+            **provenance(), command=command, config_hash=hash_json(config.identity()), seeds={"run": config.seed}
+        )
+        run.record(status="running")
+        try:
+            for stage in stages:
+                results[stage] = STAGES[stage](run, config, runtime, overwrite, name)
+                run.record(counts={stage: _counts(results[stage])})
+        except BaseException:
+            run.record(status="failed")
+            raise
+        finally:
+            runtime.close()
+        run.record(status="done")
+    return results
+
+
+def _counts(result: Any) -> Any:
+    """The numbers of samples in a result, however deep; what the manifest keeps of it."""
+    names = ("samples", "samples_in", "features_out", "failed", "num_vectors", "num_samples")
+    if not isinstance(result, dict):
+        return None
+    found = {name: result[name] for name in names if isinstance(result.get(name), int)}
+    return found or {key: counts for key, value in result.items() if (counts := _counts(value))}

@@ -1,0 +1,155 @@
+"""DeepSpeed around one objective: ZeRO 0 to 3, precision, accumulation, clipping, and steps that never apply a NaN."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sslscale.config import PretrainConfig
+from sslscale.errors import StageError, UserError
+from sslscale.objectives.base import Objective
+from sslscale.pretrain.optimizer import build_optimizer, learning_rate
+from sslscale.views.base import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave: means over all ranks and micro-batches."""
+
+    metrics: dict[str, float]
+    applied: bool
+    """False where the loss or a gradient was not finite on some rank: no rank stepped."""
+    stop: bool
+    """Some rank was asked to stop; every rank learns it at the same step."""
+
+
+def accumulation(config: PretrainConfig, world_size: int, whole_batch: bool) -> tuple[int, int]:
+    """(micro-batch of one rank, passes a step). The global batch stays what it is at every world size."""
+    share = config.global_batch // world_size
+    limit = config.micro_batch or share
+    passes = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= limit)
+    if passes > 1 and whole_batch:
+        raise UserError(
+            f"the objective {config.objective.get('name')!r} compares all samples of a batch, so it cannot accumulate",
+            got=f"global_batch={config.global_batch} on {world_size} ranks with micro_batch={limit}",
+            allowed=f"micro_batch >= {share}",
+            fix="raise pretrain.micro_batch or num_workers, or lower pretrain.global_batch",
+        )
+    return share // passes, passes
+
+
+class Engine:
+    """One DeepSpeed engine and one optimizer. torch.distributed is up already; `device` is this rank's."""
+
+    def __init__(self, objective: Objective, config: PretrainConfig, total_steps: int, device: torch.device) -> None:
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+        os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on, launcher or not
+        import deepspeed
+
+        deepspeed.logger.setLevel("WARNING")
+        if device.type == "cpu":
+            # Else DeepSpeed compiles a shared-memory all-reduce: a minute, and a compiler that users may not have.
+            deepspeed.ops.__compatible_ops__ = {}
+        self.versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__}
+        self.config, self.total_steps, self.device = config, total_steps, device
+        self.objective = objective
+        self.world_size = dist.get_world_size()
+        self.micro_batch, self.passes = accumulation(config, self.world_size, objective.needs_whole_batch)
+        self._optimizer = build_optimizer(objective, config.optimizer)
+        self._bad = torch.zeros((), device=device)
+        # Hooks see a gradient before DeepSpeed reduces, partitions or frees it, at every stage.
+        for parameter in objective.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._watch)
+        self._engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=self._optimizer, config=self._deepspeed_config(), dist_init_required=False
+        )
+        self.zero_stage: int = self._engine.zero_optimization_stage()
+        self._bad_in_a_row = 0
+        self.bad_steps = 0
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        """fp32 master weights always; bf16 and fp16 compute by autocast, so that a teacher follows the masters."""
+        config = self.config
+        settings: dict[str, Any] = {
+            "train_batch_size": config.global_batch,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.passes,
+            "gradient_clipping": config.optimizer.clip_norm,
+            "zero_optimization": {"stage": config.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+        }
+        if config.precision != "fp32":
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
+            settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+        return settings
+
+    def _watch(self, gradient: Tensor) -> None:
+        # a sum is finite exactly when its terms are (up to overflow, which is as bad); times 0 keeps only NaN
+        self._bad += gradient.detach().sum().float() * 0.0
+
+    def step(self, batches: Sequence[Batch], step: int, stop: bool = False) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer step, or none on any rank."""
+        lr = learning_rate(self.config.optimizer, step, self.total_steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        sums: dict[str, Tensor] = {}
+        self._bad.zero_()
+        for batch in batches:
+            metrics = self._engine(batch)
+            loss = metrics["loss"]
+            self._bad += loss.detach().float() * 0.0
+            self._engine.backward(loss)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float() / len(batches)
+            if len(batches) > 1 and batch is not batches[-1]:
+                self._engine.step()  # not yet at the boundary: DeepSpeed only counts
+        names = sorted(sums)
+        packed = torch.stack([sums[name] for name in names] + [self._bad.new_tensor(float(stop)), self._bad])
+        dist.all_reduce(packed)
+        values = (packed / self.world_size).tolist()
+        finite = values[-1] == 0.0
+        self._optimizer.skip = not finite
+        self._engine.step()
+        self._count(finite, values[names.index("loss")], step)
+        return StepResult({**dict(zip(names, values, strict=False)), "lr": lr}, applied=finite, stop=values[-2] > 0)
+
+    def _count(self, finite: bool, loss: float, step: int) -> None:
+        self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
+        self.bad_steps += not finite
+        if self._bad_in_a_row >= self.config.max_bad_steps:
+            raise StageError(
+                f"pretrain: the loss or a gradient was not finite for {self._bad_in_a_row} steps in a row",
+                got=f"loss {loss} at step {step}",
+                fix="lower pretrain.optimizer.lr or set clip_norm; the last good checkpoint is intact",
+            )
+
+    def save(self, folder: Path) -> None:
+        """Writes DeepSpeed's sharded state into `folder`; every rank calls it."""
+        self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`, at the same world size."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
+        if loaded is None:
+            raise StageError("pretrain: DeepSpeed cannot load its checkpoint", got=str(folder))
+
+    def backbone_state(self) -> dict[str, Tensor]:
+        """The backbone's whole state dict (on rank 0; gathered from all ranks under ZeRO 3)."""
+        model = self.objective.backbone.model
+        if self.zero_stage < 3:
+            return model.state_dict()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}

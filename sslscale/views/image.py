@@ -1,0 +1,158 @@
+"""Augmented image views, made in batches on the training device; every draw is keyed by sample (views/keyed.py).
+
+B batch, C channels, H x W input pixels, S the side of a view. Images are float in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslscale.config import AugmentConfig
+from sslscale.views.keyed import KeyedRandom
+
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, C, H, W) -> float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255.0)
+
+
+def augment(images: Tensor, random: KeyedRandom, recipe: AugmentConfig, size: int | None = None) -> Tensor:
+    """One view of each image: geometry in one resampling, then colour, blur, noise and erasing.
+
+    images: (B, C, H, W) in [0, 1]. Returns (B, C, S, S) with S = `size` or the recipe's.
+    """
+    views = warp(images, random, recipe, size or recipe.size)
+    views = jitter(views, random, recipe)
+    if recipe.blur:
+        views = _blur(views, random, recipe)
+    if recipe.solarize:
+        flag = random.flag("solarize", recipe.solarize)[:, None, None, None]
+        views = torch.where(flag & (views > 0.5), 1.0 - views, views)
+    if recipe.noise:
+        views = (views + recipe.noise * random.normal("noise", views.shape[1:])).clamp_(0.0, 1.0)
+    if recipe.erase:
+        views = _erase(views, random, recipe)
+    return views
+
+
+def warp(images: Tensor, random: KeyedRandom, recipe: AugmentConfig, size: int) -> Tensor:
+    """Crop, flip, rotation, shear and shift as one affine map, sampled once: (B, C, H, W) -> (B, C, S, S)."""
+    low, high = recipe.crop_scale
+    area = random.uniform("crop/area", low, high)
+    log_ratio = random.uniform("crop/ratio", math.log(recipe.crop_ratio[0]), math.log(recipe.crop_ratio[1]))
+    width = (area.sqrt() * torch.exp(log_ratio / 2)).clamp_(max=1.0)
+    height = (area.sqrt() * torch.exp(-log_ratio / 2)).clamp_(max=1.0)
+    # grid_sample's coordinates run from -1 to 1: a crop of width w may be centred anywhere in [-(1 - w), 1 - w]
+    centre_x = random.uniform("crop/x", -1.0, 1.0) * (1.0 - width)
+    centre_y = random.uniform("crop/y", -1.0, 1.0) * (1.0 - height)
+    if recipe.shift:
+        centre_x = centre_x + 2.0 * random.uniform("shift/x", -recipe.shift, recipe.shift)
+        centre_y = centre_y + 2.0 * random.uniform("shift/y", -recipe.shift, recipe.shift)
+    sign = 1.0 - 2.0 * random.flag("flip", recipe.flip).to(torch.float32)
+    angle = torch.deg2rad(random.uniform("rotate", -recipe.rotate_degrees, recipe.rotate_degrees))
+    shear = torch.tan(torch.deg2rad(random.uniform("shear", -recipe.shear_degrees, recipe.shear_degrees)))
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    # output (x, y) -> input: flip and scale to the crop, shear along x, rotate, move to the crop's centre
+    theta = torch.stack(
+        [
+            torch.stack([cos * width * sign, (cos * shear - sin) * height, centre_x], dim=1),
+            torch.stack([sin * width * sign, (sin * shear + cos) * height, centre_y], dim=1),
+        ],
+        dim=1,
+    )  # (B, 2, 3)
+    grid = F.affine_grid(theta, [len(images), images.shape[1], size, size], align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def jitter(images: Tensor, random: KeyedRandom, recipe: AugmentConfig) -> Tensor:
+    """Brightness, contrast, saturation, hue and grey, each by a factor drawn for the sample."""
+    on = random.flag("jitter", recipe.jitter_probability).to(torch.float32)
+
+    def factor(name: str, strength: float) -> Tensor:
+        return (1.0 + on * random.uniform(name, max(-1.0, -strength), strength))[:, None, None, None]
+
+    if recipe.brightness:
+        images = (images * factor("brightness", recipe.brightness)).clamp_(0.0, 1.0)
+    if recipe.contrast:
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        images = torch.lerp(mean, images, factor("contrast", recipe.contrast)).clamp_(0.0, 1.0)
+    if images.shape[1] != 3:
+        return images
+    if recipe.saturation:
+        images = torch.lerp(_grey(images), images, factor("saturation", recipe.saturation)).clamp_(0.0, 1.0)
+    if recipe.hue:
+        images = _rotate_hue(images, 2.0 * math.pi * on * random.uniform("hue", -recipe.hue, recipe.hue))
+    if recipe.grayscale:
+        flag = random.flag("grayscale", recipe.grayscale)[:, None, None, None]
+        images = torch.where(flag, _grey(images), images)
+    return images
+
+
+def _grey(images: Tensor) -> Tensor:
+    weights = images.new_tensor(_LUMA)[None, :, None, None]
+    return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
+
+
+def _rotate_hue(images: Tensor, angle: Tensor) -> Tensor:
+    """Turns the chroma plane of YIQ by `angle` (B,), in radians; luma stays."""
+    to_yiq = images.new_tensor([_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    zero, one = torch.zeros_like(cos), torch.ones_like(cos)
+    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
+    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq  # (B, 3, 3)
+    return torch.einsum("bij,bjhw->bihw", matrix, images).clamp_(0.0, 1.0)
+
+
+def _blur(images: Tensor, random: KeyedRandom, recipe: AugmentConfig) -> Tensor:
+    """Gaussian blur with a standard deviation (in pixels) drawn for the sample, on the samples that drew one."""
+    batch, channels, height, width = images.shape
+    radius = max(1, min(math.ceil(2.0 * recipe.blur_sigma[1]), (min(height, width) - 1) // 2))
+    sigma = random.uniform("blur/sigma", *recipe.blur_sigma)[:, None]
+    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)  # (B, 2 radius + 1)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
+    flat = F.pad(images, (radius, radius, radius, radius), mode="reflect").reshape(
+        1, batch * channels, height + 2 * radius, -1
+    )
+    flat = F.conv2d(flat, kernel[:, None, :, None], groups=batch * channels)
+    flat = F.conv2d(flat, kernel[:, None, None, :], groups=batch * channels)
+    return torch.where(random.flag("blur", recipe.blur)[:, None, None, None], flat.view_as(images), images)
+
+
+def _erase(images: Tensor, random: KeyedRandom, recipe: AugmentConfig) -> Tensor:
+    """Random erasing (Zhong et al. 2017, https://arxiv.org/abs/1708.04896): a rectangle becomes 0."""
+    height, width = images.shape[2:]
+    area = random.uniform("erase/area", *recipe.erase_scale)
+    ratio = torch.exp(random.uniform("erase/ratio", math.log(0.3), math.log(3.3)))
+    half_h = (area * ratio).sqrt().clamp_(max=1.0) / 2
+    half_w = (area / ratio).sqrt().clamp_(max=1.0) / 2
+    centre_y = half_h + random.uniform("erase/y") * (1 - 2 * half_h)
+    centre_x = half_w + random.uniform("erase/x") * (1 - 2 * half_w)
+    y = (torch.arange(height, device=images.device) + 0.5) / height
+    x = (torch.arange(width, device=images.device) + 0.5) / width
+    rows = (y - centre_y[:, None]).abs() < half_h[:, None]  # (B, H)
+    columns = (x - centre_x[:, None]).abs() < half_w[:, None]  # (B, W)
+    hit = rows[:, :, None] & columns[:, None, :] & random.flag("erase", recipe.erase)[:, None, None]
+    return images.masked_fill(hit[:, None], 0.0)
+
+
+def rotate_quarter(images: Tensor, turns: Tensor) -> Tensor:
+    """Turns each square image by `turns` (B,) quarter turns, counter-clockwise."""
+    turned = torch.stack([torch.rot90(images, k, dims=(2, 3)) for k in range(4)])
+    return turned[turns, torch.arange(len(images), device=images.device)]
+
+
+def crop_at(images: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) and int64 corners (B,) -> (B, C, size, size), without resampling."""
+    steps = torch.arange(size, device=images.device)
+    rows = (top[:, None] + steps)[:, None, :, None]
+    columns = (left[:, None] + steps)[:, None, None, :]
+    batch = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channels = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+    return images[batch, channels, rows, columns]
