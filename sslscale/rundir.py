@@ -1,21 +1,25 @@
 """One run's folder: manifest, stages with their identity, part markers, failures, metrics and the lease.
 
-    RUN/manifest.json                   who made it: command, versions, hardware, seeds, what each stage counted
-    RUN/config.yaml                     resolved
-    RUN/<kind>[/<name>]/stage.json      the stage's identity: its settings and its parents; written first
-    RUN/<kind>[/<name>]/done/<part>     a marker per finished part (its content is the part's own result)
-    RUN/<kind>[/<name>]/failed/<part>.jsonl   what was lost, with the key and the reason
-    RUN/<kind>[/<name>]/result.json     written last: whatever has none is not done
+RUN/manifest.json                   who made it: command, versions, hardware, seeds, what each stage counted
+RUN/config.yaml                     resolved
+RUN/<kind>[/<name>]/stage.json      the stage's identity: its settings and its parents; written first
+RUN/<kind>[/<name>]/done/<part>     a marker per finished part (its content is the part's own result)
+RUN/<kind>[/<name>]/failed/<part>.jsonl   what was lost, with the key and the reason
+RUN/<kind>[/<name>]/result.json     written last: whatever has none is not done
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +31,8 @@ from sslscale.errors import StageError, UserError
 FORMAT_VERSION = 1
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
+_SETTLE_SECONDS = 0.05
+_START_TOLERANCE_SECONDS = 2.0  # the kernel's idea of when it booted moves as the clock is corrected
 
 
 # ------------------------------------------------------------------ small files
@@ -85,9 +91,11 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Stage:
-    """One stage's folder. Made by `RunDir.stage`; `done` says whether there is nothing left to do."""
+    """One stage's folder. Made by `RunDir.open_stage`; `done` says whether there is nothing left to do."""
 
-    def __init__(self, path: Path, kind: str, name: str | None, settings: Mapping[str, Any], parents: Mapping[str, str]):
+    def __init__(
+        self, path: Path, kind: str, name: str | None, settings: Mapping[str, Any], parents: Mapping[str, str]
+    ):
         self.path, self.kind, self.name = path, kind, name
         self.settings, self.parents = dict(settings), dict(parents)
         self.identity = hash_json({"settings": self.settings, "parents": self.parents})
@@ -108,8 +116,11 @@ class Stage:
     def finish_part(self, part: str, record: Mapping[str, Any], failures: Iterable[Mapping[str, Any]] = ()) -> None:
         """Commits a part: its failures first (`key`, `reason`), its marker last."""
         lines = [json.dumps(dict(failure)) for failure in failures]
+        file = self.path / "failed" / f"{part}.jsonl"
         if lines:
-            write_atomic(self.path / "failed" / f"{part}.jsonl", "\n".join(lines) + "\n")
+            write_atomic(file, "\n".join(lines) + "\n")
+        else:
+            file.unlink(missing_ok=True)  # of an earlier attempt that was killed before its marker
         write_json(self.path / "done" / part, dict(record))
 
     def failures(self) -> Iterator[dict[str, Any]]:
@@ -202,10 +213,12 @@ class RunDir:
                 return stage
             if not overwrite:
                 raise _other_identity(stage, known)
-        if stage.path.exists():
-            if not overwrite and any(stage.path.iterdir()) and not record.is_file() and (stage.path / "result.json").exists():
-                raise UserError(f"{stage.path} holds something else than a stage", fix="choose another --run or --name")
-            discard(stage.path)
+        if _holds_other_things(stage.path) and not overwrite:
+            raise UserError(
+                f"{stage.path} holds something else than a stage",
+                fix="--overwrite throws it away, or choose another --run or --name",
+            )
+        discard(stage.path)
         write_json(
             record,
             {
@@ -220,21 +233,26 @@ class RunDir:
     def record(self, **values: Any) -> None:
         """Merges values into manifest.json, one level deep (`record(counts={"embed": 10})` keeps other counts)."""
         path = self.path / "manifest.json"
-        manifest = read_json(path) if path.is_file() else {"format_version": FORMAT_VERSION}
+        manifest: dict[str, Any] = read_json(path) if path.is_file() else {"format_version": FORMAT_VERSION}
         for key, value in values.items():
-            if isinstance(value, Mapping) and isinstance(manifest.get(key), dict):
-                manifest[key] = {**manifest[key], **value}
-            else:
-                manifest[key] = value
+            if isinstance(value, Mapping):
+                value = {**manifest.get(key, {}), **value}
+            manifest[key] = value
         write_json(path, manifest)
 
 
 def discard(path: Path) -> None:
     """Removes a folder so that it never looks half there: renamed first, then deleted."""
     if path.exists():
-        doomed = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.discarded")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        path.rename(path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.discarded"))
+    # A process that was killed between the two has left its own behind.
+    for doomed in path.parent.glob(f".{glob.escape(path.name)}.*.discarded"):
+        shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+
+
+def _holds_other_things(path: Path) -> bool:
+    """True for a file, and for a folder with more in it than the hidden files of a process killed while starting."""
+    return path.is_file() or (path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()))
 
 
 def _other_identity(stage: Stage, known: Mapping[str, Any]) -> UserError:
@@ -258,63 +276,94 @@ def _other_identity(stage: Stage, known: Mapping[str, Any]) -> UserError:
 class _Lease:
     """RUN/.lease: who holds the directory, renewed by a heartbeat.
 
-    It works by rewriting one small object, so it also holds on stores without locks. A holder on this machine whose
-    process is gone is dead at once; one elsewhere is dead when its heartbeat is older than LEASE_SECONDS.
+    A holder on this machine whose process is gone is dead at once; one elsewhere is dead when its heartbeat is older
+    than LEASE_SECONDS. Contenders take turns by a file lock; on mounts without locks the last one to write holds it.
     """
 
     def __init__(self, run: Path) -> None:
         self.run, self.path = run, run / ".lease"
-        self.token = f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}"
+        self.token = f"{_machine()}:{os.getpid()}:{time.time_ns()}"
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._beat, name="sslscale-lease", daemon=True)
 
     def acquire(self) -> None:
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            self._refuse_if_held()
-            self._write()
+            with _turn(self.run / ".lease.lock"):
+                holder = self._holder()
+                if holder is not None and _alive(holder):
+                    raise _in_use(self.run, holder)
+                self._write()
         except OSError as error:
             raise UserError(
-                "the run directory cannot be written", got=f"{self.run}: {error.strerror or error}", fix="give another --run"
+                "the run directory cannot be written",
+                got=f"{self.run}: {error.strerror or error}",
+                fix="give another --run",
             ) from None
-        time.sleep(0.05)  # two processes that wrote at once: the later writer holds it
-        if json.loads(self.path.read_text())["token"] != self.token:
-            self._refuse_if_held()
-        self._thread = threading.Thread(target=self._beat, name="sslscale-lease", daemon=True)
+        time.sleep(_SETTLE_SECONDS)
+        if not self._held():
+            raise _in_use(self.run, self._holder())
         self._thread.start()
 
     def release(self) -> None:
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(self.path.read_text())["token"] == self.token:
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if self._held():
                 self.path.unlink()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # a full disk must not end the work; the lease then runs out
+                if not self._held():
+                    print(f"error: {_in_use(self.run, self._holder())}", file=sys.stderr, flush=True)
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
                 self._write()
 
-    def _write(self) -> None:
-        beat = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid())}
-        write_json(self.path, {**beat, "time": time.time()})
+    def _held(self) -> bool:
+        holder = self._holder()
+        return holder is not None and holder["token"] == self.token
 
-    def _refuse_if_held(self) -> None:
+    def _holder(self) -> dict[str, Any] | None:
         try:
-            holder = json.loads(self.path.read_text())
+            return json.loads(self.path.read_text())
         except (FileNotFoundError, ValueError):
-            return
-        if holder["host"] == socket.gethostname():
-            alive = _start_time(holder["pid"]) == holder["start"] is not None and holder["token"] != self.token
-        else:
-            alive = time.time() - holder["time"] < LEASE_SECONDS
-        if alive:
-            raise UserError(
-                "the run directory is in use by another process",
-                got=f"{self.run} is held by pid {holder['pid']} on {holder['host']}",
-                fix="wait for it to end, or give another --run",
-            )
+            return None
+
+    def _write(self) -> None:
+        process = {"machine": _machine(), "pid": os.getpid(), "start": _start_time(os.getpid())}
+        write_json(self.path, {"token": self.token, **process, "time": time.time()})
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # a mount without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _alive(holder: Mapping[str, Any]) -> bool:
+    if holder["machine"] != _machine():
+        return time.time() - holder["time"] < LEASE_SECONDS
+    start = _start_time(holder["pid"])
+    return start is not None and abs(start - holder["start"]) < _START_TOLERANCE_SECONDS
+
+
+def _in_use(run: Path, holder: Mapping[str, Any] | None) -> UserError:
+    who = f"pid {holder['pid']} on {holder['machine'].partition(' ')[0]}" if holder else "another process"
+    return UserError(
+        "the run directory is in use by another process",
+        got=f"{run} is held by {who}",
+        fix="wait for it to end, or give another --run",
+    )
+
+
+def _machine() -> str:
+    """Where a pid means something: the host and, on Linux, the namespace of pids (containers may share a name)."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}".strip()
 
 
 def _start_time(pid: int) -> float | None:

@@ -35,7 +35,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunCo
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError("the config does not parse", got=str(error).strip().splitlines()[0]) from error
+        raise UserError("the config does not parse", got=" ".join(str(error).split())) from error
     assert isinstance(plain, dict)
     return _absolute(validate(RunConfig, plain))
 

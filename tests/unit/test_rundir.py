@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sslscale.rundir as rundir
+from sslscale.errors import StageError, UserError
+from sslscale.rundir import Metrics, RunDir, Stage, discard, flatten, hash_json, read_json, write_atomic, write_json
+
+SETTINGS = {"k": 10, "objective": {"name": "simclr", "temperature": 0.3}}
+PARENTS = {"features": "abc"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def stage(run: RunDir, **changes: Any) -> Stage:
+    return run.open_stage("cluster", "main", {**SETTINGS, **changes}, PARENTS)
+
+
+# ------------------------------------------------------------------ small files
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "deep" / "file.json"
+    write_json(file, {"a": 1})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(file, {"a": 2})
+    assert read_json(file) == {"a": 1}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_json_holds_no_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "x.json", {"loss": math.nan})
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_reading_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"a": ')
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(tmp_path / "half.json")
+
+
+def test_hashes_depend_on_values_not_on_order() -> None:
+    assert hash_json({"a": 1, "b": [2]}) == hash_json({"b": [2], "a": 1})
+    assert hash_json({"a": 1}) != hash_json({"a": 1.5})
+    assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}
+
+
+# ------------------------------------------------------------------ a stage
+
+
+def test_a_stage_continues_and_ends_with_its_result(run: RunDir) -> None:
+    first = stage(run)
+    first.finish_part("part-00000", {"rows": 3}, [{"key": "a", "reason": "not an image"}])
+    again = stage(run)
+    assert not again.done
+    assert again.part_done("part-00000") == {"rows": 3}
+    assert again.part_done("part-00001") is None
+    assert list(again.failures()) == [{"key": "a", "reason": "not an image"}]
+    result = again.finish({"iterations": 4})
+    assert result == {"format_version": 1, "identity": first.identity, "iterations": 4}
+    assert stage(run).done
+
+
+def test_a_part_that_is_done_again_replaces_its_failures(run: RunDir) -> None:
+    opened = stage(run)
+    write_atomic(opened.path / "failed" / "part-00000.jsonl", '{"key": "a", "reason": "timeout"}\n')  # then killed
+    opened.finish_part("part-00000", {"rows": 4})
+    assert list(opened.failures()) == []
+
+
+def test_other_settings_are_refused_by_name(run: RunDir) -> None:
+    stage(run)
+    with pytest.raises(UserError) as refused:
+        run.open_stage(
+            "cluster", "main", {"k": 12, "objective": {"name": "simclr"}, "new": True}, {"features": "other"}
+        )
+    message = str(refused.value)
+    assert refused.value.exit_code == 2
+    for difference in (
+        "k: 10 -> 12",
+        "objective.temperature: 0.3 -> None",
+        "new: None -> True",
+        "features: 'abc' -> 'other'",
+    ):
+        assert difference in message
+    assert "objective.name" not in message
+    assert "--overwrite" in message
+    assert "--name" in message
+
+
+def test_overwrite_replaces_and_a_name_keeps_both(run: RunDir) -> None:
+    stage(run).finish({"iterations": 1})
+    other = run.open_stage("cluster", "other", {"k": 12}, PARENTS)
+    assert stage(run).done
+    assert not other.done
+    replaced = run.open_stage("cluster", "main", {"k": 12}, PARENTS, overwrite=True)
+    assert not replaced.done
+    assert sorted(path.name for path in replaced.path.parent.iterdir()) == ["main", "other"]
+    assert [path.name for path in replaced.path.iterdir()] == ["stage.json"]
+
+
+def test_overwrite_keeps_what_was_made_with_the_same_settings(run: RunDir) -> None:
+    stage(run).finish({"iterations": 1})
+    assert run.open_stage("cluster", "main", SETTINGS, PARENTS, overwrite=True).done
+
+
+def test_a_folder_of_something_else_is_left_alone(run: RunDir) -> None:
+    mine = run.path / "cluster" / "main" / "thesis.tex"
+    write_atomic(mine, "years of work")
+    with pytest.raises(UserError, match="something else than a stage"):
+        stage(run)
+    assert mine.read_text() == "years of work"
+    assert run.open_stage("cluster", "main", SETTINGS, PARENTS, overwrite=True).path.is_dir()
+    assert not mine.exists()
+
+
+def test_a_start_that_was_killed_is_no_stage_yet(run: RunDir) -> None:
+    write_atomic(run.path / "cluster" / "main" / ".stage.json.1.2.tmp", '{"iden')
+    assert [path.name for path in stage(run).path.iterdir()] == ["stage.json"]
+
+
+def test_discarding_also_clears_what_a_killed_process_had_renamed(tmp_path: Path) -> None:
+    write_atomic(tmp_path / ".main.17.99.discarded" / "part", "x")
+    write_atomic(tmp_path / ".other.17.99.discarded" / "part", "x")
+    write_atomic(tmp_path / "main" / "part", "x")
+    discard(tmp_path / "main")
+    assert [path.name for path in tmp_path.iterdir()] == [".other.17.99.discarded"]
+
+
+def test_the_share_of_failures(run: RunDir) -> None:
+    opened = stage(run)
+    opened.check_failed_share(1, 100, 0.01)
+    opened.check_failed_share(0, 0, 0.0)
+    with pytest.raises(StageError, match="too many samples failed") as error:
+        opened.check_failed_share(2, 100, 0.01)
+    assert "2 of 100" in str(error.value)
+
+
+def test_a_metrics_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        metrics.append(step=step)
+    with metrics.path.open("a") as file:
+        file.write('{"step": 3, "lo')
+    again = Metrics(metrics.path)
+    assert [line["step"] for line in again.read()] == [0, 1, 2]
+    again.keep(lambda line: line["step"] < 2)
+    again.append(step=7)
+    assert [line["step"] for line in again.read()] == [0, 1, 7]
+
+
+def test_the_manifest_merges_one_level(run: RunDir) -> None:
+    run.record(counts={"embed": 10}, status="running")
+    run.record(counts={"index": 9}, status="done")
+    assert read_json(run.path / "manifest.json") == {
+        "format_version": 1,
+        "counts": {"embed": 10, "index": 9},
+        "status": "done",
+    }
+
+
+# ------------------------------------------------------------------ the lease
+
+
+def test_a_run_is_not_a_url_and_must_be_writable(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="local or mounted"):
+        RunDir("s3://bucket/run")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(UserError, match="cannot be written"), RunDir(path):
+            pass
+
+
+def test_a_lease_is_released(run: RunDir) -> None:
+    for _ in range(2):
+        with run:
+            holder = read_json(run.path / ".lease")
+            assert holder["pid"] == os.getpid()
+        assert not (run.path / ".lease").exists()
+
+
+_HOLD = """
+import sys, time
+from sslscale.rundir import RunDir
+with RunDir(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_another_live_process_is_refused_and_a_killed_one_is_not_waited_for(run: RunDir) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(run.path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"held by pid {holder.pid} on"), run:
+        pass
+    holder.kill()
+    holder.wait()
+    assert (run.path / ".lease").exists()
+    with run:
+        assert read_json(run.path / ".lease")["pid"] == os.getpid()
+    holder.stdout.close()
+
+
+def _as_if_held(run: RunDir, **changes: Any) -> None:
+    own = {"machine": rundir._machine(), "pid": os.getpid(), "start": rundir._start_time(os.getpid())}
+    write_json(run.path / ".lease", {"token": "theirs", **own, "time": time.time(), **changes})
+
+
+def test_who_is_alive(run: RunDir) -> None:
+    start = rundir._start_time(os.getpid())
+    assert start is not None
+    elsewhere = {"machine": "far-away pid:[7]", "pid": 1}
+    for alive in ({}, {"start": start + 0.5}, {**elsewhere, "time": time.time() - rundir.LEASE_SECONDS + 5}):
+        _as_if_held(run, **alive)
+        with pytest.raises(UserError, match="in use by another process"), run:
+            pass
+    for dead in ({"start": start - 100}, {**elsewhere, "time": time.time() - rundir.LEASE_SECONDS - 1}):
+        _as_if_held(run, **dead)
+        with run:
+            assert read_json(run.path / ".lease")["token"] != "theirs"
+
+
+def test_a_heartbeat_renews_the_lease_and_a_lost_one_stops_the_work(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rundir, "HEARTBEAT_SECONDS", 0.05)
+    with run:
+        first = read_json(run.path / ".lease")["time"]
+        time.sleep(0.3)
+        assert read_json(run.path / ".lease")["time"] > first
+        with pytest.raises(KeyboardInterrupt):
+            _as_if_held(run, machine="far-away")
+            time.sleep(5)
+    assert "held by pid" in capsys.readouterr().err
+    assert json.loads((run.path / ".lease").read_text())["token"] == "theirs"
+
+
+def _contend(path: str, start: Any, held: Any) -> None:
+    start.wait()
+    try:
+        with RunDir(path):
+            held.put(os.getpid())
+            signal.pause()
+    except UserError:
+        held.put(None)
+
+
+def test_one_of_many_contenders_holds_it(run: RunDir) -> None:
+    context = multiprocessing.get_context("fork")
+    start, held = context.Event(), context.Queue()
+    contenders = [context.Process(target=_contend, args=(str(run.path), start, held)) for _ in range(8)]
+    for process in contenders:
+        process.start()
+    start.set()
+    winners = [held.get(timeout=20) for _ in contenders]
+    for process in contenders:
+        process.kill()
+        process.join()
+    assert sum(winner is not None for winner in winners) == 1
