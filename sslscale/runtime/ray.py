@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import AuthenticationError, ObjectLostError, RayActorError
 
 from sslscale.errors import UserError
+from sslscale.runtime.address import unreachable
 from sslscale.runtime.base import Pool, Resources
 from sslscale.runtime.dispatch import DispatchPool
 from sslscale.runtime.worker import WorkerHost
@@ -51,12 +52,14 @@ class RayRuntime:
         if ray.is_initialized():
             return
         assert threading.current_thread() is threading.main_thread()
+        if self._address and (reason := unreachable(self._address)):
+            raise _not_started(self._address, reason)
         options = {"address": self._address} if self._address else _local_cluster(cpus)
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options, logging_level=logging.ERROR, log_to_driver=self._verbose)
         except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
-            raise _not_started(self._address, error) from error
+            raise _not_started(self._address, str(error) or type(error).__name__) from error
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which would exit with 15
         self._connected_here = True
@@ -90,8 +93,8 @@ def _local_cluster(cpus: int) -> dict[str, Any]:
     return options
 
 
-def _not_started(address: str | None, error: Exception) -> UserError:
-    got = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _not_started(address: str | None, reason: str) -> UserError:
+    got = reason.strip().splitlines()[0]
     if address is None:
         return UserError("Ray could not be started on this machine", got=got, fix="--runtime local works without Ray")
     return UserError(

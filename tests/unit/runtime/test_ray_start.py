@@ -1,0 +1,46 @@
+"""What happens before Ray is there: addresses that do not answer, and paths too long for its sockets."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from sslscale.errors import UserError
+from sslscale.runtime import ray as ray_module
+from sslscale.runtime.address import unreachable
+
+
+def test_an_address_that_does_not_answer_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_module.ray, "is_initialized", lambda: False)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="the Ray cluster could not be joined") as error:
+        ray_module.RayRuntime("127.0.0.1:1").start()
+    assert time.monotonic() - began < 10
+    assert "127.0.0.1:1" in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "host", "host:port", "ray://127.0.0.1:1"])
+def test_what_is_unreachable(address: str) -> None:
+    assert unreachable(address)
+
+
+def test_a_submitted_job_joins_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_module.ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:2"):
+        ray_module.RayRuntime().start()
+
+
+def test_a_cluster_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp")
+    options = ray_module._local_cluster(cpus=3)
+    assert options["num_cpus"] == max(os.cpu_count() or 1, 4)
+    assert ray_module._local_cluster(cpus=500)["num_cpus"] == 500
+    assert not options["include_dashboard"]
+    assert "_temp_dir" not in options
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/scratch/" + "x" * 60)
+    assert ray_module._local_cluster(cpus=0)["_temp_dir"] == "/tmp/ray"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
