@@ -48,8 +48,9 @@ def run_doctor(config: RunConfig | None = None) -> list[Check]:
     if config is not None:
         folder = Path(config.run).expanduser().absolute()
         checks += [_disk(folder), _writable(folder), *(_dataset(config, name) for name in config.datasets)]
-        if config.runtime.address is not None:
-            checks.append(_cluster(config.runtime.address))
+        address = config.runtime.address or os.environ.get("RAY_ADDRESS")
+        if config.runtime.name == "ray" and address:
+            checks.append(_cluster(address))
     return checks
 
 

@@ -2,6 +2,7 @@
 
 RUN/manifest.json                   who made it: command, versions, hardware, seeds, what each stage counted
 RUN/config.yaml                     resolved
+RUN/.lease                          the process that holds the directory, with a heartbeat
 RUN/<kind>[/<name>]/stage.json      the stage's identity: its settings and its parents; written first
 RUN/<kind>[/<name>]/done/<part>     a marker per finished part (its content is the part's own result)
 RUN/<kind>[/<name>]/failed/<part>.jsonl   what was lost, with the key and the reason

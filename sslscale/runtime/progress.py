@@ -47,6 +47,8 @@ class Progress:
             parts.append(f"{(self.total - self.done) / rate:.0f} s left")
         elif self.done:
             parts.append(f"{elapsed:.1f} s")
-        parts += [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.extra.items()]
+        parts += [
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.extra.items()
+        ]
         line = f"{self.label}: " + ", ".join(parts)
         print(f"\r\x1b[K{line}" if self._live else line, end=end, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray import ObjectRef, cloudpickle
 from ray.actor import ActorHandle
-from ray.exceptions import AuthenticationError, ObjectLostError, RayActorError
+from ray.exceptions import AuthenticationError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
 
 from sslscale.errors import UserError
 from sslscale.runtime.address import unreachable
@@ -27,6 +27,7 @@ _OBJECT_STORE_BYTES = 2**30  # it holds broadcasts and small results only
 _MIN_CPUS = 4  # Ray's count of places, not of cores: two workers and two ranks fit on the smallest machine
 _LONGEST_TEMP_DIR = 40  # characters: the paths of Ray's sockets grow by 63 from it, and may have 107
 _PATIENCE_SECONDS = 30.0
+_LOST = (RayActorError, NodeDiedError, OutOfMemoryError, ObjectLostError)
 
 
 class RayRuntime:
@@ -134,7 +135,7 @@ class _ActorPool(DispatchPool[ActorHandle]):
         worker = self._answers.pop(ready[0])
         try:
             return worker, ray.get(ready[0])
-        except (RayActorError, ObjectLostError):
+        except _LOST:
             return worker, None
 
     def _stop(self, worker: ActorHandle) -> None:
