@@ -54,7 +54,7 @@ class Engine:
         os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on, launcher or not
         import deepspeed
 
-        deepspeed.logger.setLevel("WARNING")
+        deepspeed.logger.setLevel("ERROR")
         if device.type == "cpu":
             # Else DeepSpeed compiles a shared-memory all-reduce: a minute, and a compiler that users may not have.
             deepspeed.ops.__compatible_ops__ = {}

@@ -1,0 +1,99 @@
+"""Backbones, their export, handcrafted features."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sslscale.config import BackboneConfig
+from sslscale.errors import UserError
+from sslscale.models.handcrafted import HOG, Pixels
+from sslscale.models.image import Backbone, export_backbone, load_backbone, read_backbone_meta
+from sslscale.models.load import find_embedder
+
+SMALL = BackboneConfig(
+    architecture="resnet18",
+    kwargs={"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 32], "stem_type": "deep", "stem_width": 4},
+    stem="small",
+    channels=1,
+    mean=[0.3],
+    std=[0.4],
+)
+VIT = BackboneConfig(architecture="vit_tiny_patch16_224", kwargs={"img_size": 16, "patch_size": 4, "depth": 2})
+
+
+def export(config, folder, size=16):
+    torch.manual_seed(0)
+    backbone = Backbone(config).eval()
+    sha = export_backbone(config, backbone.model.state_dict(), folder, feature_dim=backbone.feature_dim, size=size)
+    return backbone, sha
+
+
+@pytest.mark.parametrize("config", [SMALL, VIT], ids=["resnet-small-stem", "vit"])
+def test_an_export_loads_with_plain_timm_and_gives_the_same_features(config, tmp_path, monkeypatch):
+    backbone, _ = export(config, tmp_path)
+    images = torch.rand(3, config.channels, 16, 16)
+    monkeypatch.chdir(tmp_path)
+    meta = json.loads((tmp_path / "backbone.json").read_text())
+    import safetensors.torch
+    import timm
+
+    names = {"timm": timm, "torch": torch, "safetensors": safetensors, "meta": meta}
+    exec("\n".join(meta["load"]), names)
+    assert len(meta["load"]) <= 4
+    model = names["model"].eval()
+    mean, std = (torch.tensor(meta[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        torch.testing.assert_close(model((images - mean) / std), backbone(images), rtol=1e-5, atol=1e-5)
+        assert torch.equal(load_backbone(tmp_path)(images), backbone(images))
+    assert meta["feature_dim"] == backbone.feature_dim == backbone(images).shape[1]
+
+
+def test_other_weights_than_the_json_names_are_refused(tmp_path):
+    export(SMALL, tmp_path)
+    weights = tmp_path / "backbone.safetensors"
+    assert load_file(str(weights))
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(UserError, match=r"backbone\.json"):
+        read_backbone_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "resnet8"}, "timm has no model 'resnet8'"),
+        ({"kwargs": {"nonsense": 1}}, "refuses these arguments"),
+        ({"architecture": "vit_tiny_patch16_224", "kwargs": {}}, "stem=small"),
+        ({"mean": [0.1, 0.2]}, "one value, or one a channel"),
+    ],
+)
+def test_a_backbone_that_cannot_be_built_says_why(changes, message):
+    with pytest.raises(UserError, match=message):
+        Backbone(SMALL.model_copy(update=changes))
+
+
+def test_pixels_are_the_image():
+    images = torch.rand(2, 3, 4, 4)
+    pixels = Pixels(3, 4)
+    assert torch.equal(pixels(images), images.reshape(2, 48)) and pixels.feature_dim == 48
+
+
+def test_hog_is_scikit_images():
+    from skimage.feature import hog
+
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    ours = HOG(1, 28)
+    expected = np.stack(
+        [hog(image[0].numpy(), orientations=9, pixels_per_cell=(4, 4), cells_per_block=(2, 2)) for image in images]
+    )
+    assert ours.feature_dim == expected.shape[1]
+    np.testing.assert_allclose(ours(images).numpy(), expected, atol=1e-4)
+
+
+def test_an_unknown_backbone_is_refused_with_the_choices(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'pixels'"):
+        find_embedder("pixel", tmp_path, channels=1, size=8)
+    with pytest.raises(UserError, match="no exported backbone"):
+        find_embedder("pretrain", tmp_path, channels=1, size=8)
