@@ -159,16 +159,21 @@ class FeatureStore:
             table = file.read_row_groups(groups.tolist(), columns=list(columns))
         return table.take(group_of * ROW_GROUP + rows % ROW_GROUP)
 
+    def part_labels(self, part: int) -> np.ndarray | None:
+        """int64 (n,) of one part; None if any row lacks a label."""
+        if "label" not in pq.read_schema(self._path(part, ".parquet")).names:
+            return None
+        column = self.table(part, ["label"]).column("label")
+        return None if column.null_count else column.to_numpy()
+
     def labels(self) -> np.ndarray | None:
         """int64 (N,) in part order; None if any row lacks a label."""
         labels = []
         for part in self.parts:
-            if "label" not in pq.read_schema(self._path(part.part, ".parquet")).names:
+            own = self.part_labels(part.part)
+            if own is None:
                 return None
-            column = self.table(part.part, ["label"]).column("label")
-            if column.null_count:
-                return None
-            labels.append(column.to_numpy())
+            labels.append(own)
         return np.concatenate(labels) if labels else None
 
     def find(self, key: str) -> list[int]:
