@@ -1,0 +1,349 @@
+"""Everything that a report shows of a run, gathered from its files in memory that does not grow with the run.
+
+Arrays over rows are passed part by part; what stays are the few rows that are shown, and counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sslscale.config import ReportConfig, RunConfig
+from sslscale.errors import UserError
+from sslscale.features import FeatureSet, open_features
+from sslscale.report.samples import SampleReader, Shown
+from sslscale.rundir import Metrics, RunDir, read_json
+
+HISTOGRAM_BINS = 60
+MAX_REASONS = 1000  # kinds of failures told apart, at most
+_COLUMNS = ("key", "shard", "offset", "label")
+_NOT_CURVES = frozenset(("step", "total_steps"))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the steps at which it was logged; values that were not finite are left out."""
+
+    name: str
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Training:
+    """`result` is pretrain/result.json, empty while training is not finished."""
+
+    result: dict[str, Any]
+    curves: list[Curve]
+
+
+@dataclass(frozen=True)
+class ClusterView:
+    """One cluster. `label` is its most frequent class and `label_share` that class's share, None without labels."""
+
+    number: int
+    size: int
+    share: float
+    exemplars: list[Shown]
+    label: int | None = None
+    label_share: float | None = None
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """`shown` are the largest clusters, largest first; `sizes` are all, by cluster number."""
+
+    result: dict[str, Any]
+    sizes: list[int]
+    shown: list[ClusterView]
+
+
+@dataclass(frozen=True)
+class Scored:
+    sample: Shown
+    score: float
+    neighbours: list[Shown] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Anomalies:
+    """`most` is by falling score, `least` by rising score. `counts` (B,) are the scores between `edges` (B + 1,)."""
+
+    result: dict[str, Any]
+    most: list[Scored]
+    least: list[Scored]
+    counts: list[int]
+    edges: list[float]
+
+
+@dataclass(frozen=True)
+class Failures:
+    """What one stage lost: `reasons` are (reason, count, the key of one example), most frequent first."""
+
+    stage: str
+    count: int
+    reasons: list[tuple[str, int, str]]
+
+
+@dataclass(frozen=True)
+class Count:
+    """One line of the accounts: `taken` samples or rows went in, `given` came out, `failed` were lost."""
+
+    stage: str
+    taken: int
+    given: int
+    failed: int
+
+    @property
+    def adds_up(self) -> bool:
+        return self.taken == self.given + self.failed
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What is None or empty was not run."""
+
+    run: Path
+    name: str
+    manifest: dict[str, Any]
+    embeddings: dict[str, dict[str, Any]]
+    training: Training | None
+    index: dict[str, Any] | None
+    clustering: Clustering | None
+    baselines: dict[str, dict[str, Any]]
+    anomalies: Anomalies | None
+    failures: list[Failures]
+    counts: list[Count]
+
+
+def collect(run: RunDir, config: RunConfig, name: str = "main") -> RunReport:
+    """Gathers what the run has under `name`. Raises UserError where an answer was made from features since replaced."""
+    settings = config.report or ReportConfig()
+    reader = SampleReader(run, config)
+    found = sorted(run.stage_path("embed").glob("*/result.json"))
+    embeddings = {path.parent.name: read_json(path) for path in found}
+    index = collect_index(run, name)
+    clustering = collect_clusters(run, settings, reader, name)
+    anomalies = collect_anomalies(run, settings, reader, name)
+    answers = {
+        "index": index,
+        "cluster": clustering.result if clustering else None,
+        "anomaly": anomalies.result if anomalies else None,
+    }
+    manifest = run.path / "manifest.json"
+    return RunReport(
+        run=run.path,
+        name=name,
+        manifest=read_json(manifest) if manifest.is_file() else {},
+        embeddings=embeddings,
+        training=collect_training(run),
+        index=index,
+        clustering=clustering,
+        baselines={
+            path.parents[2].name: read_json(path)
+            for path in sorted(run.path.glob(f"baselines/*/cluster/{name}/result.json"))
+        },
+        anomalies=anomalies,
+        failures=list(collect_failures(run)),
+        counts=_counts(run, name, embeddings, answers),
+    )
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    return read_json(path / "result.json") if (path / "result.json").is_file() else None
+
+
+def _datasets(path: Path, arrays: str) -> list[str]:
+    """The datasets that a stage covered, in the order that its features were read in."""
+    return read_json(path / "stage.json")["settings"]["datasets"] or sorted(
+        folder.name for folder in (path / arrays).iterdir()
+    )
+
+
+def _features(run: RunDir, path: Path, parent: str, datasets: list[str]) -> FeatureSet:
+    """The features that the stage at `path` was made from; UserError where they are others by now."""
+    features = open_features(run, datasets)
+    expected = read_json(path / "stage.json")["parents"][parent]
+    if features.identity != expected:
+        raise UserError(
+            f"{path} was made from other features than the run has now",
+            got=features.identity,
+            allowed=expected,
+            fix=f"sslscale {path.parent.name} --run {run.path} --name {path.name} --overwrite",
+        )
+    return features
+
+
+# ------------------------------------------------------------------ training and index
+
+
+def collect_index(run: RunDir, name: str) -> dict[str, Any] | None:
+    """index/<name>/result.json."""
+    path = run.stage_path("index", name)
+    result = _result(path)
+    if result is not None:
+        _features(run, path, "features", result["datasets"])
+    return result
+
+
+def collect_training(run: RunDir) -> Training | None:
+    """The curves of pretrain/metrics.jsonl, in the order in which metrics first appear."""
+    path = run.stage_path("pretrain")
+    if not (path / "metrics.jsonl").is_file():
+        return None
+    curves: dict[str, Curve] = {}
+    for line in Metrics(path / "metrics.jsonl").read():
+        for name, value in line.items():
+            if name not in _NOT_CURVES and isinstance(value, int | float):
+                curve = curves.setdefault(name, Curve(name, [], []))
+                curve.steps.append(line["step"])
+                curve.values.append(value)
+    return Training(_result(path) or {}, list(curves.values()))
+
+
+# ------------------------------------------------------------------ the few rows that are shown
+
+
+class Smallest:
+    """The k smallest (value, row id) of all that were added, in order; equal values go by row id."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.items: list[tuple[float, int]] = []
+
+    def add(self, values: np.ndarray, row_ids: np.ndarray) -> None:
+        """`values` and `row_ids` are (n,), the row ids ascending."""
+        first = np.argsort(values, kind="stable")[: self.k]
+        added = zip(values[first].tolist(), row_ids[first].tolist(), strict=True)
+        self.items = sorted([*self.items, *added])[: self.k]
+
+    @property
+    def row_ids(self) -> np.ndarray:
+        return np.array([row for _, row in self.items], dtype=np.int64)
+
+
+def _show(reader: SampleReader, features: FeatureSet, row_ids: np.ndarray) -> list[Shown]:
+    return reader.show(features.records(row_ids, _COLUMNS))
+
+
+def collect_clusters(run: RunDir, settings: ReportConfig, reader: SampleReader, name: str) -> Clustering | None:
+    """The largest clusters, each with the rows nearest to its centroid."""
+    path = run.stage_path("cluster", name)
+    result = _result(path)
+    if result is None:
+        return None
+    sizes = result["sizes"]
+    largest = sorted((number for number, size in enumerate(sizes) if size), key=lambda number: (-sizes[number], number))
+    nearest = {number: Smallest(settings.exemplars) for number in largest[: settings.max_clusters]}
+    labels: dict[int, Counter[int]] | None = {number: Counter() for number in nearest}
+    features = _features(run, path, "features", _datasets(path, "assignments"))
+    for part in features.parts:
+        assignments = np.load(path / "assignments" / part.file, mmap_mode="r")
+        distances = np.load(path / "distances" / part.file, mmap_mode="r")
+        own = features.stores[part.dataset].part_labels(part.part) if labels is not None else None
+        labels = labels if own is not None else None
+        order = np.argsort(assignments, kind="stable")
+        starts = np.searchsorted(assignments[order], np.arange(len(sizes) + 1))
+        for number, best in nearest.items():
+            rows = order[starts[number] : starts[number + 1]]  # ascending
+            best.add(distances[rows], part.number << 32 | rows)
+            if labels is not None and own is not None:
+                classes, counts = np.unique(own[rows], return_counts=True)
+                labels[number].update(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
+    shown = _show(reader, features, np.concatenate([best.row_ids for best in nearest.values()]))
+    views = []
+    for number, best in nearest.items():
+        exemplars, shown = shown[: len(best.items)], shown[len(best.items) :]
+        label, count = labels[number].most_common(1)[0] if labels is not None else (None, 0)
+        share = None if label is None else count / sizes[number]
+        views.append(ClusterView(number, sizes[number], sizes[number] / sum(sizes), exemplars, label, share))
+    return Clustering(result, sizes, views)
+
+
+def collect_anomalies(run: RunDir, settings: ReportConfig, reader: SampleReader, name: str) -> Anomalies | None:
+    """The rows of the highest scores with their nearest neighbours, those of the lowest, and a histogram of all."""
+    path = run.stage_path("anomaly", name)
+    result = _result(path)
+    if result is None:
+        return None
+    features = _features(run, path, "features", _datasets(path, "scores"))
+    reference = _features(run, path, "reference", result["reference"])
+    files = [path / "scores" / part.file for part in features.parts]
+    most, least = Smallest(settings.anomalies), Smallest(settings.anomalies)
+    for part, file in zip(features.parts, files, strict=True):
+        scores = np.load(file, mmap_mode="r")
+        row_ids = part.number << 32 | np.arange(part.rows, dtype=np.int64)
+        most.add(-scores, row_ids)
+        least.add(scores, row_ids)
+    span = (least.items[0][0], -most.items[0][0])
+    counts = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
+    for file in files:
+        here, edges = np.histogram(np.load(file, mmap_mode="r"), bins=HISTOGRAM_BINS, range=span)
+        counts += here
+    neighbours = [
+        np.load(path / "neighbours" / features.parts[row >> 32].file, mmap_mode="r")[row & 0xFFFFFFFF]
+        for row in most.row_ids.tolist()
+    ]
+    k = min(settings.neighbours, result["k"])
+    beside = _show(reader, reference, np.concatenate([ids[:k] for ids in neighbours]))
+    return Anomalies(
+        result,
+        most=[
+            Scored(sample, -value, beside[place * k : (place + 1) * k])
+            for place, (sample, (value, _)) in enumerate(
+                zip(_show(reader, features, most.row_ids), most.items, strict=True)
+            )
+        ],
+        least=[
+            Scored(sample, value)
+            for sample, (value, _) in zip(_show(reader, features, least.row_ids), least.items, strict=True)
+        ],
+        counts=counts.tolist(),
+        edges=edges.tolist(),
+    )
+
+
+# ------------------------------------------------------------------ what was lost, and whether the counts add up
+
+
+def collect_failures(run: RunDir) -> Iterator[Failures]:
+    """One record a stage that lost something. Reasons that differ only in their numbers count as one."""
+    for folder in sorted([*run.path.glob("*/failed"), *run.path.glob("*/*/failed")]):
+        reasons: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for file in sorted(folder.glob("*.jsonl")):
+            with file.open() as lines:
+                for line in lines:
+                    failure = json.loads(line)
+                    reason = re.sub(r"\b\d+\b", "…", failure["reason"])
+                    if reason not in reasons and len(reasons) >= MAX_REASONS:
+                        reason = "other reasons"
+                    reasons[reason] += 1
+                    examples.setdefault(reason, failure["key"])
+        if reasons:
+            listed = [(reason, count, examples[reason]) for reason, count in reasons.most_common()]
+            yield Failures(folder.parent.relative_to(run.path).as_posix(), reasons.total(), listed)
+
+
+def _counts(
+    run: RunDir, name: str, embeddings: dict[str, dict[str, Any]], answers: dict[str, dict[str, Any] | None]
+) -> list[Count]:
+    counts = [
+        Count(f"embed/{dataset}", result["samples_in"], result["features_out"], result["failed"])
+        for dataset, result in embeddings.items()
+    ]
+    arrays = {"cluster": "assignments", "anomaly": "scores"}
+    for kind, result in answers.items():
+        if result is not None:
+            covered = result["datasets"] if kind == "index" else _datasets(run.stage_path(kind, name), arrays[kind])
+            taken = sum(embeddings[dataset]["features_out"] for dataset in covered)
+            given = result["num_vectors" if kind == "index" else "num_samples"]
+            counts.append(Count(f"{kind}/{name}", taken, given, 0))
+    return counts

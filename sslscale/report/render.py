@@ -1,0 +1,218 @@
+"""`sslscale report`: one self-contained HTML file of a run.
+
+report/index.html   everything inside it: styles, charts, pictures; nothing is loaded and no script runs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sslscale.config import ReportConfig, RunConfig, dump_config
+from sslscale.report.charts import bar_chart, line_chart, means
+from sslscale.report.collect import Anomalies, Clustering, Curve, RunReport, collect
+from sslscale.rundir import FORMAT_VERSION, RunDir, read_json, write_atomic, write_json
+
+NOTHING = "–"
+
+# metric -> (title, what to look for), in the order of the page; others follow under their own names
+CURVES = {
+    "loss": ("Loss", "of the pretext task"),
+    "lr": ("Learning rate", ""),
+    "accuracy": ("Pretext accuracy", "on training views"),
+    "feature_std": ("Feature std, training", "of what the loss sees; 0 is collapse"),
+    "eval_rankme": ("RankMe", "effective rank of the features; a fall is collapse"),
+    "eval_feature_std": ("Feature std", "of held-still samples; 0 is collapse"),
+    "eval_knn_accuracy": ("kNN probe", "accuracy on held-out labels"),
+    "samples_per_second": ("Throughput", "samples a second, mean so far"),
+    "data_wait_share": ("Data wait", "share of the time spent waiting for data"),
+}
+SHARES = frozenset(("accuracy", "eval_knn_accuracy", "data_wait_share"))
+
+# measure -> (title, what to look for)
+LABEL_MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "purity": "Purity"}
+FREE_MEASURES = {"silhouette": "Silhouette", "davies_bouldin": "Davies–Bouldin", "imbalance": "Imbalance"}
+
+
+def run_report(run: RunDir, config: RunConfig, *, name: str = "main") -> dict[str, Any]:
+    """Writes RUN/report/index.html of the answers called `name`, and returns report/result.json: `path, bytes, ...`.
+
+    Stages that were not run are absent from the page. It is made anew at every call.
+    """
+    report = collect(run, config, name)
+    page = render(report, config)
+    path = run.stage_path("report") / "index.html"
+    write_atomic(path, page)
+    result = {
+        "format_version": FORMAT_VERSION,
+        "path": str(path),
+        "name": name,
+        "bytes": len(page.encode()),
+        "failed": sum(failures.count for failures in report.failures),
+        "counts_add_up": all(count.adds_up for count in report.counts),
+    }
+    write_json(path.with_name("result.json"), result)
+    return read_json(path.with_name("result.json"))
+
+
+def render(report: RunReport, config: RunConfig) -> str:
+    """The page. Every value is escaped; only the charts are markup already."""
+    environment = Environment(
+        loader=PackageLoader("sslscale.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(count=count, measure=measure, percent=percent, number=number, score=score, size=size)
+    settings = config.report or ReportConfig()
+    return environment.get_template("report.html").render(
+        report=report,
+        title=settings.title or report.run.name,
+        facts=facts(report),
+        curves=[_curve(curve) for curve in _ordered(report)],
+        label_measures=LABEL_MEASURES,
+        free_measures=FREE_MEASURES,
+        measured=_measured(report),
+        size_chart=report.clustering and _size_chart(report.clustering),
+        score_chart=report.anomalies and _score_chart(report.anomalies),
+        config=dump_config(config),
+    )
+
+
+# ------------------------------------------------------------------ numbers as text
+
+
+def count(value: int | None) -> str:
+    return NOTHING if value is None else f"{value:,}"
+
+
+def measure(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def percent(value: float | None) -> str:
+    """One decimal, and never 0 % for something that is there."""
+    if value is None:
+        return NOTHING
+    return "<\u00a00.1\u00a0%" if 0 < value < 0.0005 else f"{100 * value:.1f}\u00a0%"
+
+
+def score(value: float) -> str:
+    """Four significant digits, without an exponent where that stays short: a column of them lines up."""
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:.2e}"
+
+
+def number(value: float) -> str:
+    """At most four significant digits: a figure on its own."""
+    text = score(value)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+
+
+def size(value: float) -> str:
+    """Bytes in units of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+# ------------------------------------------------------------------ what the template is given
+
+
+def facts(report: RunReport) -> list[tuple[str, str, str]]:
+    """The key numbers of the page's head: (value, name, remark)."""
+    found: list[tuple[str, str, str]] = []
+    if report.embeddings:
+        results = list(report.embeddings.values())
+        samples = sum(result["samples_in"] for result in results)
+        found.append((count(samples), "samples", f"{results[0]['dim']} features each"))
+    if report.clustering:
+        result, measures = report.clustering.result, report.clustering.result["measures"]
+        found.append((count(result["num_clusters"]), "clusters", f"{result['iterations']} iterations"))
+        if measures["acc"] is not None:
+            found.append((measure(measures["acc"]), "ACC", _best_baseline(report, "acc")))
+            found.append((measure(measures["nmi"]), "NMI", _best_baseline(report, "nmi")))
+        else:
+            found.append((measure(measures["silhouette"]), "silhouette", "no labels"))
+    if report.anomalies and (auroc := report.anomalies.result["measures"]["auroc"]) is not None:
+        found.append((measure(auroc), "anomaly AUROC", "0.5 is chance"))
+    if report.index:
+        found.append((measure(report.index["recall_at_10"]), "recall@10", report.index["factory"]))
+    if report.training and report.training.result:
+        result = report.training.result
+        rate = f"{count(round(result['samples_per_second']))} samples/s"
+        found.append((duration(result["seconds"]), "training", rate))
+    return found
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"
+
+
+def _best_baseline(report: RunReport, name: str) -> str:
+    values = {key: result["measures"][name] for key, result in report.baselines.items()}
+    best = max(values, key=lambda key: values[key], default=None)
+    return f"{best}: {measure(values[best])}" if best else ""
+
+
+def _ordered(report: RunReport) -> list[Curve]:
+    order = list(CURVES)
+    place = {name: index for index, name in enumerate(order)}
+    curves = report.training.curves if report.training else []
+    return sorted(curves, key=lambda curve: place.get(curve.name, len(order)))
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    title, hint = CURVES.get(curve.name, (curve.name.removeprefix("eval_").replace("_", " "), ""))
+    show = percent if curve.name in SHARES else number
+    first, last = curve.steps[0], curve.steps[-1]
+    alt = f"{title}: {show(curve.values[0])} at step {count(first)}, {show(curve.values[-1])} at step {count(last)}"
+    return {
+        "title": title,
+        "hint": hint,
+        "last": show(curve.values[-1]),
+        "low": show(min(curve.values)),
+        "high": show(max(curve.values)),
+        "first_step": first,
+        "last_step": last,
+        "chart": line_chart(curve.steps, curve.values, alt),
+    }
+
+
+def _measured(report: RunReport) -> list[tuple[str, Mapping[str, Any], bool]]:
+    """The rows of the table of measures: (name, measures, is it this run's), baselines first."""
+    if report.clustering is None:
+        return []
+    rows = [(name, result["measures"], False) for name, result in report.baselines.items()]
+    return [*rows, ("this run", report.clustering.result["measures"], True)]
+
+
+def _size_chart(clustering: Clustering) -> Markup:
+    sizes = sorted(clustering.sizes, reverse=True)
+    mean = sum(sizes) / len(sizes)
+    alt = f"Sizes of {len(sizes)} clusters, from {count(sizes[0])} to {count(sizes[-1])}, {number(mean)} on average"
+    order = sorted(range(len(sizes)), key=lambda cluster: (-clustering.sizes[cluster], cluster))
+    bars = means(sizes)
+    titles = [f"cluster {cluster}: {count(clustering.sizes[cluster])}" for cluster in order]
+    return bar_chart(bars, alt, titles if len(bars) == len(sizes) else (), mark=mean)
+
+
+def _score_chart(anomalies: Anomalies) -> Markup:
+    edges = anomalies.edges
+    titles = [
+        f"{number(low)} to {number(high)}: {count(samples)}"
+        for low, high, samples in zip(edges, edges[1:], anomalies.counts, strict=False)
+    ]
+    alt = f"Histogram of {count(sum(anomalies.counts))} anomaly scores, from {number(edges[0])} to {number(edges[-1])}"
+    return bar_chart(anomalies.counts, alt, titles)
