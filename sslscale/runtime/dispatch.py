@@ -71,7 +71,7 @@ class DispatchPool(abc.ABC, Generic[Handle]):
         self._busy.clear()
 
     def map(self, method: str, items: Iterable[Any], broadcast: Any = None) -> Iterator[tuple[int, Any]]:
-        """See `Pool.map`. Closing the iterator early abandons what is still running: its answers are dropped."""
+        """See `Pool.map`. One at a time: a new one abandons the one before, and drops what that still answers."""
         self._call += 1
         published = self._publish(broadcast)
         pending = deque(_Task(self._call, index, item) for index, item in enumerate(items))
@@ -107,6 +107,12 @@ class DispatchPool(abc.ABC, Generic[Handle]):
     def _replace(self, worker: Handle, task: _Task | None) -> None:
         """Starts another worker for one that was lost, at `task` or (None) while it was being built."""
         self._stop(worker)
+        if task is None or task.call == self._call:
+            self._count_loss(task)
+        self._busy[self._start()] = None
+
+    def _count_loss(self, task: _Task | None) -> None:
+        """Waits a little, longer each time; raises StageError when it happened too often."""
         if task is None:
             self._failed_starts += 1
             losses, where = self._failed_starts, "before it was ready"
@@ -121,4 +127,3 @@ class DispatchPool(abc.ABC, Generic[Handle]):
                 fix="look for the out-of-memory killer (dmesg); what is finished is kept, so the same command goes on",
             )
         time.sleep(min(_BACKOFF_SECONDS * 2 ** (losses - 1), _LONGEST_BACKOFF_SECONDS))
-        self._busy[self._start()] = None
