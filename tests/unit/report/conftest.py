@@ -152,7 +152,8 @@ def cluster_result(made: Made, labelled: bool, acc: float) -> dict[str, Any]:
     measures = {**measures, "silhouette": 0.3141, "davies_bouldin": 1.2345, "imbalance": 1.0678}
     sizes = np.bincount(made.assignments, minlength=NUM_CLUSTERS).tolist()
     counts = {"num_clusters": NUM_CLUSTERS, "num_samples": len(made.keys), "objective": 1.0, "iterations": 7}
-    return {**counts, "measures": measures, "sizes": sizes}
+    of_test = {"num_samples": 9, "measures": {name: value and value / 2 for name, value in measures.items()}}
+    return {**counts, "measures": measures, "sizes": sizes, "datasets": {"test": of_test}}
 
 
 def write_training(run: RunDir) -> None:

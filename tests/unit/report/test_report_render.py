@@ -62,6 +62,7 @@ def test_the_tables_hold_the_numbers_of_the_files(make_run):
     assert rows[1] == ["hog", "0.600", "0.902", "0.889", "0.945", *free]
     assert rows[2] == ["pixels", "0.500", "0.902", "0.889", "0.945", *free]
     assert rows[3] == ["this run", "0.943", "0.902", "0.889", "0.945", *free]
+    assert rows[4] == ["test only", "0.472", "0.451", "0.445", "0.473", ""]
     assert ["embed/train", "20", "19", "1", "yes"] in rows
     assert ["embed/test", "10", "9", "1", "yes"] in rows
     assert ["anomaly/main", "28", "28", "0", "yes"] in rows
