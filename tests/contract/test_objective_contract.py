@@ -64,7 +64,7 @@ def test_two_ranks_give_the_gradient_of_one(name, two_rank_gradients):
 def test_state_round_trips_exactly(name):
     objective, _ = train(name, 3)
     restored = build(name)
-    restored.load_state_dict({key: p for key, p in objective.named_parameters()}, strict=False)
+    restored.load_state_dict(dict(objective.named_parameters()), strict=False)
     restored.load_slow_state(objective.slow_state())
     held = batch(objective, 0, GLOBAL_BATCH, epoch=5)
     assert torch.equal(restored(held)["loss"], objective(held)["loss"])
