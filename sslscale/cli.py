@@ -103,7 +103,8 @@ _stage_command("run", "All stages that the config has a section for, in order.")
 def search(
     run: Annotated[Path, typer.Argument(help="run directory")],
     key: Annotated[str, typer.Option(help="key of a sample that was embedded")],
-    k: Annotated[int, typer.Option(min=1)] = 10,
+    k: Annotated[int, typer.Option(min=1, help="how many")] = 10,
+    dataset: Annotated[str | None, typer.Option(help="dataset of the key, where several have it")] = None,
     name: Name = "main",
     as_json: Json = False,
     verbose: Verbose = False,
@@ -112,7 +113,7 @@ def search(
     from sslscale.index.search import run_search
     from sslscale.rundir import RunDir
 
-    rows = run_search(RunDir(run), key=key, k=k, name=name)
+    rows = run_search(RunDir(run), key=key, k=k, name=name, dataset=dataset)
     if as_json:
         _print_json(rows)
         return

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from sslscale.config import RunConfig, dump_config
-from sslscale.errors import UserError
+from sslscale.errors import EXIT_SIGTERM, EXIT_USAGE, Interrupted, UserError
 from sslscale.provenance import provenance
 from sslscale.rundir import RunDir, hash_json, write_atomic
 from sslscale.runtime.base import Runtime, make_runtime
@@ -103,23 +106,45 @@ def run_stages(
         config.runtime.name, address=config.runtime.address, max_retries=config.runtime.max_retries, verbose=verbose
     )
     results: dict[str, Any] = {}
-    with RunDir(config.run) as run:
-        write_atomic(run.path / "config.yaml", dump_config(config))
-        run.record(
-            **provenance(), command=command, config_hash=hash_json(config.identity()), seeds={"run": config.seed}
-        )
-        run.record(status="running")
+    with RunDir(config.run) as run, _sigterm_interrupts():
+        run.on_start = lambda: _record_start(run, config, command)
         try:
             for stage in stages:
                 results[stage] = STAGES[stage](run, config, runtime, overwrite, name)
                 run.record(counts={stage: _counts(results[stage])})
-        except BaseException:
-            run.record(status="failed")
+        except BaseException as error:
+            refused = isinstance(error, UserError) and error.exit_code == EXIT_USAGE
+            if not refused:  # what is refused leaves the run as it was
+                stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+                run.record(status="interrupted" if stopped else "failed")
             raise
         finally:
             runtime.close()
         run.record(status="done")
     return results
+
+
+def _record_start(run: RunDir, config: RunConfig, command: str) -> None:
+    write_atomic(run.path / "config.yaml", dump_config(config))
+    record = {**provenance(), "command": command, "config_hash": hash_json(config.identity())}
+    run.record(**record, seeds={"run": config.seed}, status="running")
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the work like an interrupt from the keyboard does: what is finished is kept, and the lease given back."""
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        raise Interrupted(EXIT_SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _counts(result: Any) -> Any:

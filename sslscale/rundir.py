@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sslscale.errors import StageError, UserError
 FORMAT_VERSION = 1
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
+_LOCK = ".lease.lock"
 _SETTLE_SECONDS = 0.05
 _START_TOLERANCE_SECONDS = 2.0  # the kernel's idea of when it booted moves as the clock is corrected
 
@@ -177,6 +178,8 @@ class RunDir:
         if "://" in str(path):
             raise UserError("a run directory is a local or mounted folder", got=str(path), fix="give a path with --run")
         self.path = Path(path).expanduser().absolute()
+        self.on_start: Callable[[], None] = lambda: None
+        """Called when a stage is accepted that is not done: from then on this command changes the run."""
         self._lease: _Lease | None = None
 
     def __enter__(self) -> RunDir:
@@ -211,6 +214,8 @@ class RunDir:
         if record.is_file():
             known = read_json(record)
             if known["identity"] == stage.identity:
+                if not stage.done:
+                    self.on_start()
                 return stage
             if not overwrite:
                 raise _other_identity(stage, known)
@@ -220,6 +225,7 @@ class RunDir:
                 fix="--overwrite throws it away, or choose another --run or --name",
             )
         discard(stage.path)
+        self.on_start()
         write_json(
             record,
             {
@@ -290,7 +296,7 @@ class _Lease:
     def acquire(self) -> None:
         try:
             self.run.mkdir(parents=True, exist_ok=True)
-            with _turn(self.run / ".lease.lock"):
+            with _turn(self.run / _LOCK):
                 holder = self._holder()
                 if holder is not None and _alive(holder):
                     raise _in_use(self.run, holder)
@@ -312,6 +318,9 @@ class _Lease:
         with contextlib.suppress(OSError):
             if self._held():
                 self.path.unlink()
+                if [entry.name for entry in self.run.iterdir()] == [_LOCK]:  # nothing was started
+                    (self.run / _LOCK).unlink()
+                    self.run.rmdir()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
