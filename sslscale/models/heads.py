@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 from torch import nn
 
-from sslscale.models.norm import GatheredBatchNorm1d
+from sslscale.models.norm import GatheredBatchNorm1d, GatheredBatchNorm2d
 
 
 def mlp(*widths: int, norm: bool = True, last_norm: bool = False) -> nn.Sequential:
@@ -25,3 +26,28 @@ def mlp(*widths: int, norm: bool = True, last_norm: bool = False) -> nn.Sequenti
         if not last:
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
+
+
+def image_decoder(feature_dim: int, channels: int, size: int, *, width: int = 64) -> nn.Sequential:
+    """Pooled features (B, feature_dim) -> a map (B, channels, size, size).
+
+    A linear layer lays the features out on a grid of at most 7 x 7; then each stage doubles the side and convolves.
+    A pooled feature is the bottleneck on purpose: what the decoder needs has to be in what the backbone exports.
+    """
+    stages = max(0, math.ceil(math.log2(size / 7)))
+    side = math.ceil(size / 2**stages)
+    layers: list[nn.Module] = [
+        nn.Linear(feature_dim, width * side * side),
+        nn.Unflatten(1, (width, side, side)),
+        GatheredBatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    ]
+    for stage in range(stages):
+        target = size if stage == stages - 1 else side * 2 ** (stage + 1)
+        layers += [
+            nn.Upsample(size=(target, target), mode="nearest"),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            GatheredBatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))

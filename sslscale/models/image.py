@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from sslscale.config import BackboneConfig, validate
@@ -47,9 +48,51 @@ class Backbone(Embedder):
                 )
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
+        self.frozen = False
+
+    def freeze(self) -> None:
+        """Holds weights and BatchNorm statistics as they are, whatever `train` is called with later."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Backbone:
+        return super().train(mode and not self.frozen)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> what the model sees, in the fast layout of convolutions."""
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
     def forward(self, images: Tensor) -> Tensor:
-        normalised = (images - self.mean) / self.std
-        return self.model(normalised.contiguous(memory_format=torch.channels_last))  # the fast layout of convolutions
+        return self.model(self.normalise(images))
+
+    @property
+    def vit(self) -> VisionTransformer:
+        """The model, where it is a plain ViT (timm: `patch_embed.patch_size`, `.grid_size`, `num_prefix_tokens`)."""
+        if not isinstance(self.model, VisionTransformer):
+            raise UserError(
+                "tokens exist in a ViT only",
+                got=self.config.architecture,
+                allowed="timm's VisionTransformer family, e.g. vit_tiny_patch16_224",
+            )
+        return self.model
+
+    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, P + N, D): a ViT's P = `num_prefix_tokens` class and register tokens, then its N patches, row by row.
+
+        keep: int64 (B, K), the patches that enter the encoder at all; none: all. Gives (B, P + K, D) then. The last
+        norm is applied to every token, also where timm has it after its pooling (`global_pool: avg`): so it is trained.
+        """
+        vit = self.vit
+        x = vit._pos_embed(vit.patch_embed(self.normalise(images)))
+        if keep is not None:
+            prefix, patches = x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :]
+            x = torch.cat([prefix, take_tokens(patches, keep)], dim=1)
+        return vit.fc_norm(vit.norm(vit.blocks(vit.norm_pre(x))))
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """(B, N, D) and int64 (B, K) -> (B, K, D)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def _create(config: BackboneConfig) -> nn.Module:

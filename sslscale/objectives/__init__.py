@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from sslscale.objectives.base import Objective
 
 OBJECTIVES = {
+    "colorization": "sslscale.objectives.colorization:Colorization",
     "context_prediction": "sslscale.objectives.context_prediction:ContextPrediction",
+    "inpainting": "sslscale.objectives.inpainting:Inpainting",
+    "jigsaw": "sslscale.objectives.jigsaw:Jigsaw",
+    "mae": "sslscale.objectives.mae:MAE",
     "rotation": "sslscale.objectives.rotation:Rotation",
     "simclr": "sslscale.objectives.simclr:SimCLR",
 }
@@ -51,7 +55,7 @@ def objective_settings(config: dict[str, Any]) -> tuple[type[Objective], dict[st
         raise UserError("pretrain.objective needs a name", allowed=", ".join(sorted(OBJECTIVES)))
     name = str(settings.pop("name"))
     cls = find_objective(name)
-    hints = get_type_hints(cls.__init__)
+    hints = get_type_hints(cls.__init__, include_extras=True)
     fields: dict[str, Any] = {
         parameter.name: (
             hints.get(parameter.name, Any),

@@ -1,6 +1,8 @@
-"""Views that carry a pretext task's target: a patch's position, a rotation."""
+"""Views that carry a pretext task's target: a patch's position, a permutation, a rotation."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,13 +16,12 @@ from sslscale.views.keyed import KeyedRandom
 NEIGHBOUR_CELLS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2))
 
 
-class PatchPair:
-    """The centre patch of a 3 x 3 grid and one of its eight neighbours.
+class _Grid:
+    """A 3 x 3 grid of patches, `patch_size` wide in cells of a third of the view.
 
-    Patches are `patch_size` wide in cells of a third of the view. Each is moved within its cell at random, and so at
-    least `gap` pixels lie between two patches: continuing an edge or a texture does not solve the task (Doersch et al.
-    2015, section 3.1). Each patch's colours are jittered on their own, against chromatic aberration.
-    Gives `centre`, `neighbour` (B, C, patch_size, patch_size) and `position` int64 (B,) in [0, 8).
+    Patches are moved within their cells at random, and at least `gap` pixels lie between two: continuing an edge or a
+    texture does not solve the task (Doersch et al. 2015, section 3.1). Each patch's colours are jittered on their own,
+    against chromatic aberration.
     """
 
     def __init__(self, recipe: AugmentConfig, patch_size: int, gap: int) -> None:
@@ -28,25 +29,58 @@ class PatchPair:
         self.cell = recipe.size // 3
         if patch_size + gap > self.cell:
             raise UserError(
-                "context_prediction: patches do not fit into a 3 x 3 grid",
-                got=f"patch_size={patch_size}, gap={gap}, views.size={recipe.size}",
+                "patches do not fit into a 3 x 3 grid",
+                got=f"objective.patch_size={patch_size}, objective.gap={gap}, views.size={recipe.size}",
                 allowed=f"patch_size + gap <= views.size // 3 = {self.cell}",
             )
 
-    def __call__(self, images: Tensor, random: KeyedRandom) -> dict[str, Tensor]:
-        whole = augment(images, random.fold("whole"), self.recipe.model_copy(update={"erase": 0.0}))
-        position = random.integers("position", len(NEIGHBOUR_CELLS))
-        cells = torch.tensor(NEIGHBOUR_CELLS, device=images.device)[position]  # (B, 2)
-        return {
-            "centre": self._patch(whole, random.fold("centre"), torch.ones_like(cells)),
-            "neighbour": self._patch(whole, random.fold("neighbour"), cells),
-            "position": position,
-        }
+    def whole(self, images: Tensor, random: KeyedRandom) -> Tensor:
+        return augment(images, random.fold("whole"), self.recipe.model_copy(update={"erase": 0.0}))
 
-    def _patch(self, whole: Tensor, random: KeyedRandom, cells: Tensor) -> Tensor:
+    def patch(self, whole: Tensor, random: KeyedRandom, cells: Tensor) -> Tensor:
+        """The patch in `cells` (B, 2), row and column: (B, C, patch_size, patch_size)."""
         slack = self.cell - self.gap - self.patch_size + 1
         corner = cells * self.cell + self.gap // 2 + random.integers("jitter", slack, shape=(2,))
         return jitter(crop_at(whole, corner[:, 0], corner[:, 1], self.patch_size), random, self.recipe)
+
+
+class PatchPair(_Grid):
+    """The centre patch of a 3 x 3 grid and one of its eight neighbours.
+
+    Gives `centre`, `neighbour` (B, C, patch_size, patch_size) and `position` int64 (B,) in [0, 8).
+    """
+
+    def __call__(self, images: Tensor, random: KeyedRandom) -> dict[str, Tensor]:
+        whole = self.whole(images, random)
+        position = random.integers("position", len(NEIGHBOUR_CELLS))
+        cells = torch.tensor(NEIGHBOUR_CELLS, device=images.device)[position]  # (B, 2)
+        return {
+            "centre": self.patch(whole, random.fold("centre"), torch.ones_like(cells)),
+            "neighbour": self.patch(whole, random.fold("neighbour"), cells),
+            "position": position,
+        }
+
+
+class ShuffledPatches(_Grid):
+    """All nine patches of a 3 x 3 grid, shuffled by one of `permutations`.
+
+    Gives `patches` (B, 9, C, patch_size, patch_size), of which the i-th lay in the cell permutation[i], and
+    `permutation` int64 (B,), its place in `permutations`.
+    """
+
+    def __init__(self, recipe: AugmentConfig, patch_size: int, gap: int, permutations: Sequence[Sequence[int]]) -> None:
+        super().__init__(recipe, patch_size, gap)
+        self.permutations = permutations
+
+    def __call__(self, images: Tensor, random: KeyedRandom) -> dict[str, Tensor]:
+        whole = self.whole(images, random)
+        permutation = random.integers("permutation", len(self.permutations))
+        order = torch.tensor(self.permutations, device=images.device)[permutation]  # (B, 9)
+        patches = [
+            self.patch(whole, random.fold(f"patch_{i}"), torch.stack([cell // 3, cell % 3], dim=1))
+            for i, cell in enumerate(order.unbind(dim=1))
+        ]
+        return {"patches": torch.stack(patches, dim=1), "permutation": permutation}
 
 
 class Rotated:

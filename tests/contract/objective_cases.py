@@ -24,33 +24,48 @@ RESNET = BackboneConfig(
     stem="small",
     channels=1,
 )
+VIT = BackboneConfig(
+    architecture="vit_tiny_patch16_224",
+    kwargs={"img_size": SIZE, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2},
+    channels=1,
+)
+# Backbones other than RESNET, for what an objective asks for.
+BACKBONES = {"colorization": RESNET.model_copy(update={"channels": 3}), "mae": VIT}
 # Settings that shrink an objective to the size of the test.
-SETTINGS: dict[str, dict[str, object]] = {"context_prediction": {"patch_size": 7}}
+SETTINGS: dict[str, dict[str, object]] = {
+    "colorization": {"decoder_width": 16},
+    "context_prediction": {"patch_size": 7},
+    "inpainting": {"decoder_width": 16},
+    "jigsaw": {"patch_size": 7, "num_permutations": 8, "hidden_dim": 64},
+    "mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
+}
 NAMES = sorted(OBJECTIVES)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> Objective:
     """The same weights on every call."""
     torch.manual_seed(0)
-    objective = build_objective({"name": name, **SETTINGS.get(name, {})}, Backbone(RESNET), RECIPE)
+    backbone = Backbone(BACKBONES.get(name, RESNET))
+    objective = build_objective({"name": name, **SETTINGS.get(name, {})}, backbone, RECIPE)
     return objective.to(dtype)
 
 
-def images() -> torch.Tensor:
-    """(GLOBAL_BATCH, 1, S, S): blobs whose place and shape vary, so that every pretext task has something to learn."""
+def images(channels: int = 1) -> torch.Tensor:
+    """(GLOBAL_BATCH, C, S, S): blobs whose place and shape vary, so that every pretext task has something to learn."""
     generator = torch.Generator().manual_seed(3)
     y, x = torch.meshgrid(torch.linspace(-1, 1, SIZE), torch.linspace(-1, 1, SIZE), indexing="ij")
     centre = torch.rand(GLOBAL_BATCH, 2, 1, 1, generator=generator) - 0.5
     slope = torch.rand(GLOBAL_BATCH, 2, 1, 1, generator=generator) * 6
     distance = (x - centre[:, :1]).square() * slope[:, :1] + (y - centre[:, 1:]).square() * slope[:, 1:]
-    return torch.exp(-4 * distance) * (0.6 + 0.4 * torch.sin(9 * x + 3 * y))
+    tint = torch.tensor([1.0, 0.6, 0.2])[:channels, None, None]
+    return torch.exp(-4 * distance) * (0.6 + 0.4 * torch.sin(9 * x + 3 * y)) * tint
 
 
 def batch(objective: Objective, start: int, stop: int, epoch: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
     """Samples [start, stop) of the global batch of an epoch, as the loop would make it."""
     ids = torch.arange(start, stop)
     random = KeyedRandom.of(0, torch.full_like(ids, epoch), ids)
-    views = objective.views(images()[start:stop], random.fold("views"))
+    views = objective.views(images(objective.backbone.config.channels)[start:stop], random.fold("views"))
     cast = {name: view.to(dtype) if view.is_floating_point() else view for name, view in views.items()}
     return Batch(cast, random.fold("objective"))
 
@@ -58,7 +73,7 @@ def batch(objective: Objective, start: int, stop: int, epoch: int = 0, dtype: to
 def pretrain_config(name: str, **changes: object) -> PretrainConfig:
     values: dict[str, object] = {
         "objective": {"name": name, **SETTINGS.get(name, {})},
-        "backbone": RESNET,
+        "backbone": BACKBONES.get(name, RESNET),
         "views": RECIPE,
         "global_batch": GLOBAL_BATCH,
         "num_streams": 2,

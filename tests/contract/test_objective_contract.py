@@ -15,9 +15,12 @@ from sslscale.views.keyed import KeyedRandom
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small models run no faster on more
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +79,13 @@ def test_state_round_trips_exactly(name):
 def test_forward_is_given_views_and_keyed_draws_and_nothing_else(name):
     assert {field.name for field in dataclasses.fields(Batch)} == {"views", "random"}
     objective = build(name)
-    made = objective.views(images(), KeyedRandom.of(0, torch.zeros(32, dtype=torch.int64), torch.arange(32)))
-    again = objective.views(images(), KeyedRandom.of(0, torch.zeros(32, dtype=torch.int64), torch.arange(32)))
+    made, again = (
+        objective.views(
+            images(objective.backbone.config.channels),
+            KeyedRandom.of(0, torch.zeros(32, dtype=torch.int64), torch.arange(32)),
+        )
+        for _ in range(2)
+    )
     assert made.keys() == again.keys() and all(torch.equal(made[key], again[key]) for key in made)
     assert all(len(view) == GLOBAL_BATCH for view in made.values())
 
@@ -86,7 +94,7 @@ def test_forward_is_given_views_and_keyed_draws_and_nothing_else(name):
 def test_outputs_have_features_of_the_backbones_width(name):
     objective = build(name).eval()
     with torch.no_grad():
-        outputs = objective.outputs(images())
+        outputs = objective.outputs(images(objective.backbone.config.channels))
     assert outputs["features"].shape == (GLOBAL_BATCH, objective.backbone.feature_dim)
     if "cluster_probs" in outputs:
         torch.testing.assert_close(outputs["cluster_probs"].sum(dim=1), torch.ones(GLOBAL_BATCH))
