@@ -91,11 +91,14 @@ class AugmentConfig(StageConfig):
 
 
 class OptimizerConfig(StageConfig):
-    """The optimizer and its schedule: linear warm-up, then cosine decay to `final_lr`."""
+    """The optimizer and its schedules: the rate warms up linearly, then falls to `final_lr` along a cosine."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
     lr: float = Field(1e-3, gt=0.0)
-    weight_decay: float = Field(1e-4, ge=0.0)
+    layer_decay: float = Field(1.0, gt=0.0, le=1.0, description="factor of the rate from a layer to the one below it")
+    weight_decay: float = Field(1e-4, ge=0.0, description="of matrices and kernels; vectors do not decay")
+    final_weight_decay: float | None = Field(None, ge=0.0, description="what a cosine ends at; none: it is constant")
+    trust_coefficient: float = Field(1e-3, gt=0.0, description="of lars")
     momentum: Fraction = 0.9
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     warmup_share: Fraction = Field(0.05, description="share of all steps spent warming up")

@@ -15,7 +15,7 @@ from torch import Tensor
 from sslscale.config import PretrainConfig
 from sslscale.errors import StageError, UserError
 from sslscale.objectives.base import Objective
-from sslscale.pretrain.optimizer import build_optimizer, learning_rate
+from sslscale.pretrain.optimizer import build_optimizer, set_schedules
 from sslscale.views.base import Batch
 
 
@@ -46,9 +46,20 @@ def accumulation(config: PretrainConfig, world_size: int, whole_batch: bool) -> 
 
 
 class Engine:
-    """One DeepSpeed engine and one optimizer. torch.distributed is up already; `device` is this rank's."""
+    """One DeepSpeed engine and one optimizer. torch.distributed is up already; `device` is this rank's.
 
-    def __init__(self, objective: Objective, config: PretrainConfig, total_steps: int, device: torch.device) -> None:
+    `universal` says that what `load` will be given is in DeepSpeed's universal form, for another number of ranks.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: PretrainConfig,
+        total_steps: int,
+        device: torch.device,
+        *,
+        universal: bool = False,
+    ) -> None:
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
         os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed insists on, launcher or not
@@ -70,7 +81,10 @@ class Engine:
             if parameter.requires_grad:
                 parameter.register_hook(self._watch)
         self._engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=self._optimizer, config=self._deepspeed_config(), dist_init_required=False
+            model=objective,
+            optimizer=self._optimizer,
+            config=self._deepspeed_config() | ({"checkpoint": {"load_universal": True}} if universal else {}),
+            dist_init_required=False,
         )
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._bad_in_a_row = 0
@@ -100,9 +114,7 @@ class Engine:
 
     def step(self, batches: Sequence[Batch], step: int, stop: bool = False) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step, or none on any rank."""
-        lr = learning_rate(self.config.optimizer, step, self.total_steps)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_schedules(self._engine.optimizer.param_groups, self.config.optimizer, step, self.total_steps)
         sums: dict[str, Tensor] = {}
         self._bad.zero_()
         for batch in batches:
@@ -138,9 +150,9 @@ class Engine:
         """Writes DeepSpeed's sharded state into `folder`; every rank calls it."""
         self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
-    def load(self, folder: Path) -> None:
-        """The inverse of `save`, at the same world size."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
+    def load(self, folder: Path, tag: str = "deepspeed") -> None:
+        """The inverse of `save`: `tag` is "deepspeed" at the same world size, or the folder of a universal form."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         if loaded is None:
             raise StageError("pretrain: DeepSpeed cannot load its checkpoint", got=str(folder))
 
