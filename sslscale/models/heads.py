@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sslscale.models.norm import GatheredBatchNorm1d, GatheredBatchNorm2d
 
@@ -51,3 +53,17 @@ def image_decoder(feature_dim: int, channels: int, size: int, *, width: int = 64
             nn.ReLU(inplace=True),
         ]
     return nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
+
+
+class Prototypes(nn.Linear):
+    """Cosines with K trained directions: (B, D) -> (B, K). The weight is normalised where it is used, never in place.
+
+    Computed in the weight's own precision, whatever autocast says: a temperature magnifies the rounding.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int) -> None:
+        super().__init__(dim, num_prototypes, bias=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            return F.linear(F.normalize(z.to(self.weight.dtype), dim=1), F.normalize(self.weight, dim=1))

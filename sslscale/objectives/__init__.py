@@ -14,13 +14,20 @@ if TYPE_CHECKING:
     from sslscale.objectives.base import Objective
 
 OBJECTIVES = {
+    "barlow_twins": "sslscale.objectives.barlow_twins:BarlowTwins",
+    "byol": "sslscale.objectives.byol:BYOL",
     "colorization": "sslscale.objectives.colorization:Colorization",
     "context_prediction": "sslscale.objectives.context_prediction:ContextPrediction",
+    "dino": "sslscale.objectives.dino:DINO",
     "inpainting": "sslscale.objectives.inpainting:Inpainting",
     "jigsaw": "sslscale.objectives.jigsaw:Jigsaw",
     "mae": "sslscale.objectives.mae:MAE",
+    "moco_v3": "sslscale.objectives.moco_v3:MoCoV3",
     "rotation": "sslscale.objectives.rotation:Rotation",
     "simclr": "sslscale.objectives.simclr:SimCLR",
+    "simsiam": "sslscale.objectives.simsiam:SimSiam",
+    "swav": "sslscale.objectives.swav:SwAV",
+    "vicreg": "sslscale.objectives.vicreg:VICReg",
 }
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, ParamSpec, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslscale.config import AugmentConfig
+from sslscale.errors import UserError
 from sslscale.models.collectives import all_gather
 from sslscale.models.image import Backbone
 from sslscale.views.base import Batch, ViewSpec
+
+P = ParamSpec("P")
 
 
 class Corpus(Protocol):
@@ -40,6 +46,8 @@ class Objective(nn.Module):
     views: ViewSpec
     needs_whole_batch: ClassVar[bool] = False
     """The loss compares samples of one global batch, so a batch must not be split by gradient accumulation."""
+    max_zero_stage: ClassVar[int] = 3
+    """The highest ZeRO stage under which it trains: 2 where slow state reads whole parameters after a step."""
 
     def __init__(self, backbone: Backbone, recipe: AugmentConfig) -> None:
         super().__init__()
@@ -89,3 +97,46 @@ def representation_metrics(z: Tensor) -> dict[str, Tensor]:
 def gathered(z: Tensor) -> Tensor:
     """(B, D) in float32 at least, from every rank: (W B, D), differentiable. Losses across a batch start here."""
     return all_gather(z if z.dtype == torch.float64 else z.float())
+
+
+def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Runs a loss outside autocast, with half-precision arguments in float32: temperatures magnify rounding."""
+
+    @functools.wraps(loss)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        halves = (torch.float16, torch.bfloat16)
+        full = [a.float() if isinstance(a, Tensor) and a.dtype in halves else a for a in args]
+        device = next(a.device.type for a in full if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return loss(*full, **kwargs)  # type: ignore[arg-type]
+
+    return wrapped
+
+
+def by_resolution(network: nn.Module, views: Sequence[Tensor]) -> Tensor:
+    """V views (B, C, S, S), neighbours of one size in one pass: (V B, D), in the order of `views`."""
+    passes = (torch.cat(list(group)) for _, group in itertools.groupby(views, key=lambda view: view.shape[-1]))
+    return torch.cat([network(images) for images in passes])
+
+
+def check_local_size(backbone: Backbone, size: int) -> None:
+    """Refuses local views of a size that a ViT's patches do not tile, or that it does not take at all."""
+    model = backbone.model
+    if not hasattr(model, "dynamic_img_size"):
+        return  # no ViT: convolutions take any size
+    patch: int = model.patch_embed.patch_size[0]  # type: ignore[union-attr, index, assignment]
+    if not model.dynamic_img_size or size % patch:
+        raise UserError(
+            "the ViT does not take the local views",
+            got=f"local views of {size}, patches of {patch}, dynamic_img_size={model.dynamic_img_size}",
+            fix=f"set backbone.kwargs.dynamic_img_size=true and a local_size that {patch} divides, or local_crops=0",
+        )
+
+
+def swapped_cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
+    """The mean of -sum_k targets_g log softmax(logits_v) over samples and over pairs of different views g != v.
+
+    targets: (G, B, K), of the first G of the V views whose logits are (V, B, K).
+    """
+    pairs = -torch.einsum("gbk,vbk->gv", targets, logits.log_softmax(dim=-1)) / logits.shape[1]
+    return (pairs.sum() - pairs.diagonal().sum()) / (pairs.numel() - len(targets))

@@ -63,6 +63,12 @@ def _check_views(cls: Any, config: RunConfig) -> None:
     with torch.device("meta"):
         build_objective(config.pretrain.objective, Backbone(config.pretrain.backbone), config.pretrain.views)
     accumulation(config.pretrain, config.pretrain.num_workers, cls.needs_whole_batch)
+    if config.pretrain.zero_stage > cls.max_zero_stage:
+        raise UserError(
+            f"the objective {config.pretrain.objective['name']!r} reads whole parameters after every step",
+            got=f"pretrain.zero_stage={config.pretrain.zero_stage}, which leaves each rank a part of them",
+            allowed=f"pretrain.zero_stage <= {cls.max_zero_stage}",
+        )
 
 
 def _follow(folder: Path, progress: Progress) -> Any:

@@ -33,11 +33,25 @@ VIT = BackboneConfig(
 BACKBONES = {"colorization": RESNET.model_copy(update={"channels": 3}), "mae": VIT}
 # Settings that shrink an objective to the size of the test.
 SETTINGS: dict[str, dict[str, object]] = {
+    "barlow_twins": {"hidden_dim": 64, "output_dim": 32},
+    "byol": {"hidden_dim": 64, "output_dim": 32},
     "colorization": {"decoder_width": 16},
     "context_prediction": {"patch_size": 7},
+    "dino": {"hidden_dim": 64, "output_dim": 32, "num_prototypes": 48, "local_crops": 2, "centre_momentum": 0.5},
     "inpainting": {"decoder_width": 16},
     "jigsaw": {"patch_size": 7, "num_permutations": 8, "hidden_dim": 64},
     "mae": {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
+    "moco_v3": {"hidden_dim": 64, "output_dim": 32},
+    "simsiam": {"output_dim": 64, "predictor_dim": 32},
+    "swav": {
+        "hidden_dim": 64,
+        "output_dim": 32,
+        "num_prototypes": 12,
+        "local_crops": 2,
+        "queue_batches": 2,
+        "queue_start": 0.0,
+    },
+    "vicreg": {"hidden_dim": 64, "output_dim": 32},
 }
 NAMES = sorted(OBJECTIVES)
 

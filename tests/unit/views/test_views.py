@@ -6,7 +6,7 @@ import torch
 
 from sslscale.config import AugmentConfig
 from sslscale.errors import UserError
-from sslscale.views.crops import Crops
+from sslscale.views.crops import Crops, multi_crop
 from sslscale.views.image import augment, crop_at, jitter, rotate_quarter, to_float, warp
 from sslscale.views.keyed import KeyedRandom
 from sslscale.views.pretext import NEIGHBOUR_CELLS, PatchPair, Rotated
@@ -98,6 +98,19 @@ def test_jitter_leaves_grey_images_one_channel_and_keeps_the_range():
 def test_two_crops_of_one_image_differ():
     views = Crops({"view_1": EVERYTHING, "view_2": EVERYTHING})(images(4), keyed(range(4)))
     assert (views["view_1"] - views["view_2"]).abs().mean() > 0.05
+
+
+def test_multi_crop_gives_two_global_views_then_small_ones_of_small_parts():
+    spec = multi_crop(PLAIN, local_crops=3, local_size=None, local_scale=(0.1, 0.1))
+    # each pixel's value is its column, so that a view's range says how much of the width it covers
+    batch = torch.linspace(0, 1, 48).expand(4, 1, 48, 48)
+    views = spec(batch, keyed(range(4)))
+    assert [*views] == ["global_1", "global_2", "local_1", "local_2", "local_3"]
+    assert [view.shape[-1] for view in views.values()] == [12, 12, 5, 5, 5]
+    width = {name: view.amax(dim=(1, 2, 3)) - view.amin(dim=(1, 2, 3)) for name, view in views.items()}
+    assert (width["global_1"] > 0.9).all() and (width["local_1"] < 0.35).all()
+    assert (views["local_1"] - views["local_2"]).abs().mean() > 0.05
+    assert multi_crop(PLAIN, 1, 7, (0.1, 0.2)).recipes["local_1"].size == 7
 
 
 def test_quarter_turns():
