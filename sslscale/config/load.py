@@ -46,6 +46,8 @@ def _absolute(config: RunConfig) -> RunConfig:
     config.datasets = {name: _absolute_path(location) for name, location in config.datasets.items()}
     if config.pack is not None:
         config.pack.output = _absolute_path(config.pack.output)
+    if config.pretrain is not None and config.pretrain.init_from is not None:
+        config.pretrain.init_from = _absolute_path(config.pretrain.init_from)
     return config
 
 

@@ -106,8 +106,16 @@ class OptimizerConfig(StageConfig):
     clip_norm: float = Field(0.0, ge=0.0, description="gradient norm to clip at; 0 does not clip")
 
 
+class CollapseConfig(StageConfig):
+    """Stops a run whose features have collapsed: under one of the thresholds at so many evaluations in a row."""
+
+    min_feature_std: Fraction = Field(0.01, description="of unit features, times sqrt(dim): 1 is spread evenly")
+    min_rankme: float = Field(1.05, ge=0.0, description="effective rank: 1 is a single direction")
+    evaluations: Positive = 2
+
+
 class ProbeConfig(StageConfig):
-    """A kNN probe on a held-out labelled dataset, at every evaluation. Training never sees the labels."""
+    """kNN and linear probes on a held-out labelled dataset, at every evaluation. Training never sees the labels."""
 
     dataset: str
     k: Positive = 20
@@ -122,6 +130,10 @@ class PretrainConfig(StageConfig):
         default_factory=lambda: {"name": "simclr"}, description="name, or module:Class, and the objective's settings"
     )
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    init_from: Annotated[str | None, not_identity] = Field(
+        None, description="first weights: a run, a backbone/ folder, a file of timm's weights (named by their hash)"
+    )
+    freeze_backbone: bool = Field(False, description="train the heads only, on the backbone of init_from")
     views: AugmentConfig = Field(default_factory=AugmentConfig)
     load_size: int | None = Field(None, ge=1, description="side that images are resized to when read; none: views.size")
     epochs: float | None = Field(10, gt=0)
@@ -149,11 +161,14 @@ class PretrainConfig(StageConfig):
     max_restarts: Annotated[int, not_identity] = Field(2, ge=0, description="restarts of the group after a lost rank")
     max_failed_share: Fraction = 0.01
     probe: ProbeConfig | None = None
+    collapse: Annotated[CollapseConfig | None, not_identity] = Field(default_factory=CollapseConfig)
 
     @model_validator(mode="after")
     def _one_length(self) -> PretrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps (set the other to null)")
+        if self.freeze_backbone and self.init_from is None:
+            raise ValueError("freeze_backbone needs init_from: the backbone would stay at random weights")
         if self.global_batch % self.num_streams:
             raise ValueError(f"num_streams ({self.num_streams}) must divide global_batch ({self.global_batch})")
         if self.num_streams % self.num_workers:

@@ -81,11 +81,13 @@ def lidar(views: np.ndarray, delta: float = 1e-4) -> float:
 def alpha_req(x: np.ndarray) -> float:
     """alpha-ReQ: the power-law exponent of the covariance's spectrum, lambda_i ~ i^-alpha; near 1 is healthy.
 
-    The least-squares slope of log lambda_i on log i over the non-zero eigenvalues (at least two).
+    The least-squares slope of log lambda_i on log i over the non-zero eigenvalues; infinite where fewer than two are.
     Agrawal et al., 2022, https://openreview.net/forum?id=ii9X4vtZGTZ.
     """
     x = np.asarray(x, dtype=np.float64)
     values = np.linalg.svd(x - x.mean(axis=0), compute_uv=False) ** 2
     values = values[values > values[0] * 1e-12]
+    if len(values) < 2:
+        return float("inf")
     slope, _ = np.polyfit(np.log(np.arange(1, len(values) + 1)), np.log(values), 1)
     return float(-slope)

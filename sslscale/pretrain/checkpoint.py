@@ -34,6 +34,8 @@ class TrainState:
     bad_steps: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    unhealthy_evaluations: int = 0
+    """In a row, up to now."""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "cursors": {str(s): [c.epoch, c.position] for s, c in sorted(self.cursors.items())}}
@@ -79,13 +81,24 @@ class Checkpoints:
                 "zero_stage": engine.zero_stage,
                 "state": state.to_json(),
             }
-            kept = [*self.entries(), entry][-self.keep :]
+            kept = self._kept([*self.entries(), entry])
             write_json(self.list_path, {"format_version": FORMAT_VERSION, "checkpoints": kept})
             named = {entry["name"] for entry in kept}
             for path in (self.folder / "checkpoints").iterdir():
                 if path.name not in named:
                     discard(path)
         dist.barrier()
+
+    def _kept(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The newest, and the last healthy one before them where none of them is."""
+        newest, older = entries[-self.keep :], entries[: -self.keep]
+        healthy = [] if any(map(_healthy, newest)) else [entry for entry in older if _healthy(entry)][-1:]
+        return [*healthy, *newest]
+
+    def last_healthy(self) -> Path | None:
+        """The newest checkpoint whose last evaluation found the features healthy."""
+        names = [entry["name"] for entry in self.entries() if _healthy(entry)]
+        return self.folder / "checkpoints" / names[-1] if names else None
 
     def load_last(self, engine: Engine, objective: Objective) -> TrainState | None:
         """Restores the newest checkpoint into engine and objective; None where there is none."""
@@ -103,6 +116,10 @@ class Checkpoints:
         engine.load(folder)
         objective.load_slow_state(torch.load(folder / "slow.pt", map_location=engine.device, weights_only=True))
         return TrainState.from_json(entry["state"])
+
+
+def _healthy(entry: dict[str, Any]) -> bool:
+    return TrainState.from_json(entry["state"]).unhealthy_evaluations == 0
 
 
 def _sync(path: Path) -> None:

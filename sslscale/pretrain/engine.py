@@ -69,6 +69,8 @@ class Engine:
         if device.type == "cpu":
             # Else DeepSpeed compiles a shared-memory all-reduce: a minute, and a compiler that users may not have.
             deepspeed.ops.__compatible_ops__ = {}
+        # Else its copy of the world outlives the process group, and a second run in this process fails.
+        deepspeed.utils.groups._WORLD_GROUP = None
         self.versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__}
         self.config, self.total_steps, self.device = config, total_steps, device
         self.objective = objective

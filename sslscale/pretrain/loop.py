@@ -20,13 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sslscale.config import RunConfig
+from sslscale.config import PretrainConfig, RunConfig
 from sslscale.errors import StageError
 from sslscale.models.image import Backbone, copy_backbone
+from sslscale.models.initial import load_weights
 from sslscale.objectives import build_objective
 from sslscale.pretrain.checkpoint import Checkpoints, TrainState
 from sslscale.pretrain.engine import Engine
-from sslscale.pretrain.evaluate import Evaluator
+from sslscale.pretrain.evaluate import Evaluator, is_healthy
 from sslscale.rundir import Metrics, write_atomic
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.decode import decode_image
@@ -57,6 +58,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def initial_backbone(config: PretrainConfig) -> Backbone:
+    """The backbone that training starts from, at random weights or at those of `init_from`."""
+    backbone = Backbone(config.backbone)
+    if config.init_from is not None:
+        load_weights(backbone, config.init_from)
+    if config.freeze_backbone:
+        backbone.freeze()
+    return backbone
+
+
 class Trainer:
     """One rank of a pretraining run. torch.distributed is initialised by whoever launched this process."""
 
@@ -72,14 +83,14 @@ class Trainer:
         self.total_steps = self._total_steps()
         self.size = self.config.load_size or self.config.views.size
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        backbone = Backbone(self.config.backbone)
+        backbone = initial_backbone(self.config)
         objective = build_objective(self.config.objective, backbone, self.config.views).to(self.device)
         self.objective = objective
         self.engine = Engine(objective, self.config, self.total_steps, self.device)
         self.checkpoints = Checkpoints(folder, self.config.keep_checkpoints)
         self.state = self.checkpoints.load_last(self.engine, objective) or TrainState()
         self.metrics = Metrics(folder / "metrics.jsonl") if self.rank == 0 else None
-        self.evaluator = Evaluator(config, self.shards, self.size, self.device)
+        self.evaluator = Evaluator(config, self.shards, self.device)
         self.failures: dict[int, dict[str, Any]] = {}
         self.restarted_at = self.state.step
 
@@ -110,7 +121,7 @@ class Trainer:
                 stop = outcome.stop
                 self._advance(raw, time.perf_counter() - begin, wait)
                 self._log(outcome.metrics, board)
-                if self._due(self.config.evaluate_every):
+                if self._due(self.config.evaluate_every) or self._due(self.config.checkpoint_every):
                     self._evaluate(board)
                 if stop or self._due(self.config.checkpoint_every):
                     self._checkpoint()
@@ -175,9 +186,24 @@ class Trainer:
 
     def _evaluate(self, board: Any) -> dict[str, float]:
         measured = self.evaluator.evaluate(self.objective)
+        healthy = self.config.collapse is None or is_healthy(measured, self.config.collapse)
+        self.state.unhealthy_evaluations = 0 if healthy else self.state.unhealthy_evaluations + 1
         if self.metrics is not None:
             self._write({"step": self.state.step, **{f"eval_{k}": v for k, v in measured.items()}}, board, "eval")
+        self._stop_if_collapsed(measured)
         return measured
+
+    def _stop_if_collapsed(self, measured: dict[str, float]) -> None:
+        guard, unhealthy = self.config.collapse, self.state.unhealthy_evaluations
+        if guard is None or unhealthy < guard.evaluations:
+            return
+        last = self.checkpoints.last_healthy()
+        raise StageError(
+            f"pretrain: the features have collapsed: unhealthy at {unhealthy} evaluations in a row",
+            got=f"feature_std {measured['feature_std']:.4g}, rankme {measured['rankme']:.4g} at step {self.state.step}",
+            allowed=f"feature_std >= {guard.min_feature_std}, rankme >= {guard.min_rankme} (pretrain.collapse)",
+            fix=f"another lr, batch or objective; the last healthy checkpoint is {last or 'none: there was none yet'}",
+        )
 
     def _write(self, line: dict[str, Any], board: Any, group: str) -> None:
         assert self.metrics is not None
@@ -250,5 +276,6 @@ class Trainer:
             "data_wait_share": state.wait_seconds / state.seconds,
             "num_parameters": sum(p.numel() for p in self.objective.parameters()),
             "measures": measured,
+            "healthy": state.unhealthy_evaluations == 0,
         }
         return RankResult(finished=True, result=result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sslscale.config import RunConfig
+from sslscale.config import PretrainConfig, RunConfig
 from sslscale.errors import UserError, did_you_mean
 from sslscale.objectives import objective_settings
 from sslscale.pretrain.launch import launch
@@ -43,12 +43,25 @@ def run_pretrain(run: RunDir, config: RunConfig, runtime: Runtime, *, overwrite:
     _check_views(cls, config)
     settings = {**config.pretrain.identity(), "seed": config.seed}
     settings["objective"] = {"name": config.pretrain.objective["name"], **objective}
-    stage = run.open_stage("pretrain", None, settings, {"shards": shards.fingerprint}, overwrite=overwrite)
+    parents = {"shards": shards.fingerprint, **_initial_weights(config.pretrain)}
+    stage = run.open_stage("pretrain", None, settings, parents, overwrite=overwrite)
     if stage.done:
         return stage.result
     with Progress("pretrain", unit="steps") as progress:
         result = launch(stage.path, config, runtime, _follow(stage.path, progress))
     return stage.finish(result)
+
+
+def _initial_weights(config: PretrainConfig) -> dict[str, str]:
+    """The hash of the weights that training starts from, where there are any, after trying whether they fit."""
+    if config.init_from is None:
+        return {}
+    from sslscale.models.image import Backbone
+    from sslscale.models.initial import hash_weights, load_weights
+
+    sha256 = hash_weights(config.init_from, config.backbone)
+    load_weights(Backbone(config.backbone), config.init_from)
+    return {"init_from": sha256}
 
 
 def _check_views(cls: Any, config: RunConfig) -> None:

@@ -55,3 +55,8 @@ def test_lidar_counts_the_directions_that_tell_samples_apart(generator):
 def test_alpha_req_finds_the_exponent(generator, alpha):
     eigenvalues = np.arange(1, 21) ** -alpha
     assert alpha_req(with_spectrum(generator, np.sqrt(eigenvalues), 100)) == pytest.approx(alpha, rel=1e-6)
+
+
+def test_alpha_req_of_collapsed_features_is_infinite():
+    assert alpha_req(np.zeros((5, 3))) == alpha_req(np.ones((5, 3))) == np.inf
+    assert alpha_req(np.outer(np.arange(5.0), [1, 0, 0])) == np.inf
