@@ -132,7 +132,7 @@ def _record_start(run: RunDir, config: RunConfig, command: str) -> None:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the work like an interrupt from the keyboard does: what is finished is kept, and the lease given back."""
+    """SIGTERM ends the work as an interrupt from the keyboard does: what is finished stays, the lease is given back."""
 
     def interrupt(number: int, frame: Any) -> NoReturn:
         raise Interrupted(EXIT_SIGTERM)

@@ -32,8 +32,11 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunCo
         loaded = OmegaConf.create({}) if path is None else OmegaConf.create(Path(path).read_text())
         if not OmegaConf.is_dict(loaded):
             raise UserError("a config file holds a mapping of sections", got=path)
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
+        for override in overrides:
+            key = override.partition("=")[0]
+            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+            OmegaConf.update(loaded, key, value, merge=False, force_add=True)  # `a={...}` replaces, `a.b=` merges
+        plain = OmegaConf.to_container(loaded, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise UserError("the config does not parse", got=" ".join(str(error).split())) from error
     assert isinstance(plain, dict)

@@ -111,7 +111,7 @@ def _finish(
             "dim": dim,
             "parts": len(records),
             "dtype": config.embed.dtype,
-            "backbone": {"location": spec.location, "sha256": spec.sha256},
+            "backbone": {"name": spec.name, "location": spec.location, "sha256": spec.sha256},
             "samples_per_second": rate,
         }
     )

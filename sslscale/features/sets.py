@@ -191,7 +191,7 @@ def _check_backbone(run: RunDir, dataset: str, store: FeatureStore) -> None:
     """Refuses features that embed made by the run's own backbone, when that backbone is another by now."""
     exported = run.stage_path("pretrain") / "backbone"
     result = run.stage_path("embed", dataset) / "result.json"
-    if not (exported.is_dir() and result.is_file()) or read_json(result)["backbone"]["location"] != str(exported):
+    if not (exported.is_dir() and result.is_file()) or read_json(result)["backbone"]["name"] != "pretrain":
         return
     current = read_json(exported / "backbone.json")["sha256"]
     if store.backbone != current:

@@ -17,6 +17,8 @@ from sslscale.rundir import hash_json
 class EmbedderSpec:
     """A recipe that any worker can rebuild; `sha256` names what it computes."""
 
+    name: str
+    """As embed.backbone has it."""
     location: str
     """An exported folder, a name of HANDCRAFTED, or module:Class."""
     channels: int
@@ -41,7 +43,7 @@ def find_embedder(name: str, run: Path, *, channels: int | None, size: int | Non
             raise UserError(
                 f"embed.backbone={name} needs to know the images", fix="set embed.size, and a pretrain section"
             )
-        return EmbedderSpec(name, channels, size, hash_json([name, channels, size]))
+        return EmbedderSpec(name, name, channels, size, hash_json([name, channels, size]))
     folder = run / "pretrain" / "backbone" if name == "pretrain" else Path(name)
     if name != "pretrain" and not folder.is_dir():
         choices = ["pretrain", *HANDCRAFTED]
@@ -50,7 +52,7 @@ def find_embedder(name: str, run: Path, *, channels: int | None, size: int | Non
             allowed=f"{', '.join(choices)}, an exported backbone/ folder, or module:Class",
         )
     meta = read_backbone_meta(folder)
-    return EmbedderSpec(str(folder.absolute()), meta["channels"], size or meta["input_size"], meta["sha256"])
+    return EmbedderSpec(name, str(folder.absolute()), meta["channels"], size or meta["input_size"], meta["sha256"])
 
 
 def _import(location: str) -> type[Embedder]:

@@ -19,7 +19,7 @@ from sslscale.config import AugmentConfig
 from sslscale.models.collectives import rank
 from sslscale.models.heads import mlp
 from sslscale.models.image import Backbone
-from sslscale.objectives.base import Objective, gathered, representation_metrics
+from sslscale.objectives.base import Objective, full_precision, gathered, representation_metrics
 from sslscale.views.base import Batch
 from sslscale.views.crops import Crops
 
@@ -49,12 +49,13 @@ class SimCLR(Objective):
         return {"loss": nt_xent(z_1, z_2, self.temperature), **representation_metrics(features)}
 
 
+@full_precision
 def nt_xent(z_1: Tensor, z_2: Tensor, temperature: float) -> Tensor:
     """NT-Xent of this rank's views against the views of all ranks; z_1, z_2: (B, D), L2-normalised."""
     batch = len(z_1)
     local = torch.stack([z_1, z_2])  # (2, B, D)
     everyone = gathered(local.transpose(0, 1)).transpose(0, 1)  # (2, W B, D)
-    logits = local.to(everyone.dtype).flatten(0, 1) @ everyone.flatten(0, 1).T / temperature  # (2 B, 2 W B)
+    logits = local.flatten(0, 1) @ everyone.flatten(0, 1).T / temperature  # (2 B, 2 W B)
     own = rank() * batch + torch.arange(batch, device=logits.device)
     total = everyone.shape[1]
     itself = torch.cat([own, total + own])

@@ -1,6 +1,7 @@
 """What a checkpoint is: a folder that the run's own list names. Whatever the list does not name does not exist.
 
 pretrain/checkpoints/step-00000120/deepspeed/   DeepSpeed's sharded state
+                                  /universal/   the same for any number of ranks, made when it is needed
                                   /slow.pt      the objective's slow state
                                   /backbone/    the exported backbone
 pretrain/checkpoints.json                       the list, written last: step, cursors, counters, world size
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sslscale.config import PretrainConfig
 from sslscale.errors import StageError
 from sslscale.models.image import export_backbone
-from sslscale.objectives.base import Objective
-from sslscale.pretrain.engine import Engine
+from sslscale.pretrain.engine import UNIVERSAL, Engine, make_universal
 from sslscale.rundir import FORMAT_VERSION, discard, read_json, write_json
 from sslscale.shards.plan import Cursor
 
@@ -100,22 +101,39 @@ class Checkpoints:
         names = [entry["name"] for entry in self.entries() if _healthy(entry)]
         return self.folder / "checkpoints" / names[-1] if names else None
 
-    def load_last(self, engine: Engine, objective: Objective) -> TrainState | None:
-        """Restores the newest checkpoint into engine and objective; None where there is none."""
+    def resized(self, config: PretrainConfig) -> bool:
+        """Whether the newest checkpoint is of another number of ranks, in a form that depends on it (ZeRO 1 to 3)."""
+        entries = self.entries()
+        return bool(entries) and config.zero_stage > 0 and entries[-1]["world_size"] != dist.get_world_size()
+
+    def load_last(self, engine: Engine) -> TrainState | None:
+        """Restores the newest checkpoint into the engine and its objective; None where there is none.
+
+        Where the world size has changed, the engine was made with `universal` and gets DeepSpeed's universal form.
+        """
         entries = self.entries()
         if not entries:
             return None
-        entry = entries[-1]
-        if entry["world_size"] != engine.world_size and engine.zero_stage > 0:
-            raise StageError(
-                "pretrain: the checkpoint was written by another number of ranks",
-                got=f"{entry['world_size']} ranks then, {engine.world_size} now, ZeRO stage {engine.zero_stage}",
-                fix=f"run with pretrain.num_workers={entry['world_size']}",
-            )
-        folder = self.folder / "checkpoints" / entry["name"]
+        folder = self.folder / "checkpoints" / entries[-1]["name"]
+        if self.resized(engine.config):
+            self._check_resizable(engine, entries[-1])
+            if dist.get_rank() == 0:
+                discard(folder / UNIVERSAL)
+                make_universal(folder)
+            dist.barrier()
         engine.load(folder)
-        objective.load_slow_state(torch.load(folder / "slow.pt", map_location=engine.device, weights_only=True))
-        return TrainState.from_json(entry["state"])
+        slow = torch.load(folder / "slow.pt", map_location=engine.device, weights_only=True)
+        engine.objective.load_slow_state(slow)
+        return TrainState.from_json(entries[-1]["state"])
+
+    @staticmethod
+    def _check_resizable(engine: Engine, entry: dict[str, Any]) -> None:
+        if engine.config.optimizer.name != "adamw":
+            raise StageError(
+                "pretrain: DeepSpeed carries only AdamW's state over to another number of ranks",
+                got=f"{entry['world_size']} ranks then, {engine.world_size} now, {engine.config.optimizer.name}",
+                fix=f"run with pretrain.num_workers={entry['world_size']}, or with zero_stage 0",
+            )
 
 
 def _healthy(entry: dict[str, Any]) -> bool:

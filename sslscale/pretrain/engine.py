@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +20,8 @@ from sslscale.errors import StageError, UserError
 from sslscale.objectives.base import Objective
 from sslscale.pretrain.optimizer import build_optimizer, set_schedules
 from sslscale.views.base import Batch
+
+SHARDED, UNIVERSAL = "deepspeed", "universal"
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Engine:
         deepspeed.utils.groups._WORLD_GROUP = None
         self.versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__}
         self.config, self.total_steps, self.device = config, total_steps, device
-        self.objective = objective
+        self.objective, self._universal = objective, universal
         self.world_size = dist.get_world_size()
         self.micro_batch, self.passes = accumulation(config, self.world_size, objective.needs_whole_batch)
         self._optimizer = build_optimizer(objective, config.optimizer)
@@ -150,11 +155,11 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Writes DeepSpeed's sharded state into `folder`; every rank calls it."""
-        self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=SHARDED, save_latest=False)
 
-    def load(self, folder: Path, tag: str = "deepspeed") -> None:
-        """The inverse of `save`: `tag` is "deepspeed" at the same world size, or the folder of a universal form."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`; an engine made with `universal` reads what `make_universal` wrote."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=UNIVERSAL if self._universal else SHARDED)
         if loaded is None:
             raise StageError("pretrain: DeepSpeed cannot load its checkpoint", got=str(folder))
 
@@ -167,3 +172,20 @@ class Engine:
 
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def make_universal(folder: Path) -> None:
+    """Rewrites a saved state as one tensor a parameter and moment, which any number of ranks can load."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = argparse.Namespace(
+        input_folder=str(folder / SHARDED),
+        output_folder=str(folder / UNIVERSAL),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # ZeRO 1 and 2 leave out what only pipelines need
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        ds_to_universal.main(arguments)

@@ -86,9 +86,10 @@ class Trainer:
         backbone = initial_backbone(self.config)
         objective = build_objective(self.config.objective, backbone, self.config.views).to(self.device)
         self.objective = objective
-        self.engine = Engine(objective, self.config, self.total_steps, self.device)
         self.checkpoints = Checkpoints(folder, self.config.keep_checkpoints)
-        self.state = self.checkpoints.load_last(self.engine, objective) or TrainState()
+        resized = self.checkpoints.resized(self.config)
+        self.engine = Engine(objective, self.config, self.total_steps, self.device, universal=resized)
+        self.state = self.checkpoints.load_last(self.engine) or TrainState()
         self.metrics = Metrics(folder / "metrics.jsonl") if self.rank == 0 else None
         self.evaluator = Evaluator(config, self.shards, self.device)
         self.failures: dict[int, dict[str, Any]] = {}

@@ -153,13 +153,13 @@ def test_open_features_names_what_is_embedded(tmp_path):
 def test_features_of_an_earlier_backbone_of_the_run_are_refused(tmp_path):
     run, exported = RunDir(tmp_path), tmp_path / "pretrain" / "backbone"
     write_store(tmp_path / "embed" / "train", backbone="b0")
-    write_json(tmp_path / "embed" / "train" / "result.json", {"backbone": {"location": str(exported)}})
+    write_json(tmp_path / "embed" / "train" / "result.json", {"backbone": {"name": "pretrain"}})
     write_json(exported / "backbone.json", {"sha256": "b0"})
     assert open_features(run).backbone == "b0"
     write_json(exported / "backbone.json", {"sha256": "b1"})
     with pytest.raises(UserError, match="another backbone"):
         open_features(run)
-    write_json(tmp_path / "embed" / "train" / "result.json", {"backbone": {"location": "pixels"}})
+    write_json(tmp_path / "embed" / "train" / "result.json", {"backbone": {"name": "pixels"}})
     assert open_features(run).backbone == "b0"
 
 

@@ -22,6 +22,7 @@ SMALL = BackboneConfig(
     std=[0.4],
 )
 VIT = BackboneConfig(architecture="vit_tiny_patch16_224", kwargs={"img_size": 16, "patch_size": 4, "depth": 2})
+POOLED = VIT.model_copy(update={"kwargs": {**VIT.kwargs, "global_pool": "avg", "reg_tokens": 2}})
 
 
 def export(config, folder, size=16):
@@ -31,7 +32,7 @@ def export(config, folder, size=16):
     return backbone, sha
 
 
-@pytest.mark.parametrize("config", [SMALL, VIT], ids=["resnet-small-stem", "vit"])
+@pytest.mark.parametrize("config", [SMALL, VIT, POOLED], ids=["resnet-small-stem", "vit", "vit-pooled"])
 def test_an_export_loads_with_plain_timm_and_gives_the_same_features(config, tmp_path, monkeypatch):
     backbone, _ = export(config, tmp_path)
     images = torch.rand(3, config.channels, 16, 16)

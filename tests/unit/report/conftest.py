@@ -98,7 +98,7 @@ def write_features(run: RunDir, data: Path, keys: list[str], labels: np.ndarray,
         store.commit(records)
         samples = sum(parts)
         result = {"samples_in": samples + 1, "features_out": samples, "failed": 1, "dim": DIM, "dtype": "fp32"}
-        result |= {"samples_per_second": 1234.5, "backbone": {"location": "hog", "sha256": "abc"}}
+        result |= {"samples_per_second": 1234.5, "backbone": {"name": "hog", "location": "hog", "sha256": "abc"}}
         write_json(path / "result.json", result)
         (path / "failed").mkdir()
         failure = {"key": f"{dataset}-lost", "reason": f"the <b>png</b> ends at byte {samples}"}
