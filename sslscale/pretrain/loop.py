@@ -10,6 +10,7 @@ finish: final evaluation, checkpoint, RUN/pretrain/backbone
 from __future__ import annotations
 
 import functools
+import json
 import math
 import sys
 import time
@@ -28,6 +29,7 @@ from sslscale.objectives import build_objective
 from sslscale.pretrain.checkpoint import Checkpoints, TrainState
 from sslscale.pretrain.engine import Engine
 from sslscale.pretrain.evaluate import Evaluator, is_healthy
+from sslscale.pretrain.launch import STOP
 from sslscale.rundir import Metrics, write_atomic
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.decode import decode_image
@@ -36,7 +38,7 @@ from sslscale.views.base import Batch
 from sslscale.views.image import to_float
 from sslscale.views.keyed import KeyedRandom
 
-STOP_FILE = "stop-requested"
+FAILED = "failed/samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,8 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = pick_device(self.config.device)
         torch.set_num_threads(self.config.threads)
-        self.shards = open_shards(
-            config.datasets[self.config.dataset], cache=folder.parent / "cache" / self.config.dataset
-        )
+        cache = folder.parent / "cache" / self.config.dataset
+        self.shards = open_shards(config.datasets[self.config.dataset], cache=cache, limit=config.limit)
         self.total_steps = self._total_steps()
         self.size = self.config.load_size or self.config.views.size
         torch.manual_seed(config.seed)  # the same initial weights on every rank
@@ -92,7 +93,7 @@ class Trainer:
         self.state = self.checkpoints.load_last(self.engine) or TrainState()
         self.metrics = Metrics(folder / "metrics.jsonl") if self.rank == 0 else None
         self.evaluator = Evaluator(config, self.shards, self.device)
-        self.failures: dict[int, dict[str, Any]] = {}
+        self.failures = self._read_failures() if self.state.step else {}
         self.restarted_at = self.state.step
 
     def _total_steps(self) -> int:
@@ -115,7 +116,7 @@ class Trainer:
                 waited = loader.wait_seconds
                 raw = next(batches)
                 wait = loader.wait_seconds - waited
-                stop_asked = self.rank == 0 and (self.folder / STOP_FILE).exists()
+                stop_asked = self.rank == 0 and (self.folder / STOP).exists()
                 outcome = self.engine.step(self._micro_batches(raw), self.state.step, stop=stop_asked)
                 if outcome.applied:
                     self.objective.after_step((self.state.step + 1) / self.total_steps)
@@ -170,8 +171,15 @@ class Trainer:
         state.cursors.update(raw.cursors)
         state.bad_steps = self.engine.bad_steps
         for failure in raw.failures:
-            record = {"key": failure.key, "shard": failure.shard, "record": failure.record, "reason": failure.reason}
-            self.failures[self.shards.offsets[failure.shard] + failure.record] = record
+            shard = self.shards.shards[failure.shard].name
+            record = {"key": failure.key, "shard": shard, "record": failure.record, "reason": failure.reason}
+            self.failures[shard, failure.record] = record
+
+    def _read_failures(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """What was found unreadable before the checkpoint that this run goes on from: (shard, record) -> its line."""
+        path = self.folder / FAILED
+        lines = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+        return {(line["shard"], line["record"]): line for line in lines}
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0 and self.state.step < self.total_steps
@@ -227,10 +235,8 @@ class Trainer:
             self.state.cursors.update({s: c for s, c in cursors.items() if self._newer(s, c)})
             self.failures.update(failures)
         if self.rank == 0 and self.failures:
-            import json
-
             lines = [json.dumps(self.failures[sample]) for sample in sorted(self.failures)]
-            write_atomic(self.folder / "failed" / "samples.jsonl", "\n".join(lines) + "\n")
+            write_atomic(self.folder / FAILED, "\n".join(lines) + "\n")
         self.checkpoints.save(self.engine, self.state, self.config.views.size)
 
     def _newer(self, stream: int, cursor: Any) -> bool:
