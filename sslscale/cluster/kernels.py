@@ -8,7 +8,8 @@ depends on its part alone, never on how many workers there are or on which resta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,30 +19,57 @@ from sslscale.features.distance import prepare
 
 BLOCK_ROWS = 4096
 TILE_CENTROIDS = 4096
+RANK_STEP = 32
 
 
-def blocks(rows: np.ndarray, metric: str) -> Iterator[tuple[slice, np.ndarray]]:
-    """`(slice, prepared rows)` over an array (n, D), which may be a memory map."""
-    for start in range(0, len(rows), BLOCK_ROWS):
-        here = slice(start, min(start + BLOCK_ROWS, len(rows)))
-        yield here, prepare(rows[here], metric)
+def blocks(
+    rows: np.ndarray, metric: str, sample: np.ndarray | slice = slice(None)
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """`(slice, prepared rows)` over an array (n, D), which may be a memory map, or over its rows at `sample`.
+
+    The slices count from the start of what is read.
+    """
+    count = len(rows) if isinstance(sample, slice) else len(sample)
+    for start in range(0, count, BLOCK_ROWS):
+        here = slice(start, min(start + BLOCK_ROWS, count))
+        yield here, prepare(rows[here if isinstance(sample, slice) else sample[here]], metric)
 
 
-def nearest_centroid(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+def principal_basis(centroids: np.ndarray, energy: float) -> np.ndarray | None:
+    """The leading principal directions of the centroids (K, D) that hold `energy` of their variance: (D, p) or None.
+
+    p is a multiple of RANK_STEP. None where more than half the dimensions would be needed: then the full product is
+    as fast.
+    """
+    centred = centroids.astype(np.float64) - centroids.mean(axis=0, dtype=np.float64)
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    held = np.cumsum(values[::-1]) / max(values.sum(), np.finfo(float).tiny)
+    rank = -(-(int(np.searchsorted(held, energy)) + 1) // RANK_STEP) * RANK_STEP
+    return None if 2 * rank > len(values) else vectors[:, : -rank - 1 : -1].astype(centroids.dtype)
+
+
+def nearest_centroid(x: np.ndarray, centroids: np.ndarray, basis: np.ndarray | None = None) -> np.ndarray:
     """The index of the centroid (K, D) with the least squared L2 distance to each row of x (n, D): int32 (n,).
 
     ||x||^2 is the same for every centroid and left out: argmin of ||c||^2 - 2 x.c. Ties go to the lowest index.
     Where the centroids lie further from the origin than from each other, that difference would cancel in fp32: both
     sides are then taken relative to the centroids' mean.
+
+    With an orthonormal `basis` (D, p) the product x.c is taken between projections while ||c||^2 stays whole: D / p
+    times less work, and what it gets wrong are near ties.
     """
     best = np.full(len(x), np.inf, dtype=x.dtype)
     labels = np.zeros(len(x), dtype=np.int32)
     centroids = centroids.astype(x.dtype, copy=False)
     norms = np.einsum("kd,kd->k", centroids, centroids)
     mean = centroids.mean(axis=0)
-    if mean @ mean > norms.mean() / 2:
-        x, centroids = x - mean, centroids - mean
+    if basis is not None or mean @ mean > norms.mean() / 2:
+        centroids = centroids - mean
         norms = np.einsum("kd,kd->k", centroids, centroids)
+        if basis is None:
+            x = x - mean
+        else:
+            x, centroids = x @ basis - mean @ basis, centroids @ basis
     for start in range(0, len(centroids), TILE_CENTROIDS):
         tile = slice(start, start + TILE_CENTROIDS)
         scores = x @ centroids[tile].T
@@ -70,11 +98,11 @@ class Totals:
 
     sums: np.ndarray  # (R, K, D) float64, sum of w x over the rows of each centroid
     counts: np.ndarray  # (R, K) float64, sum of w
-    squares: float  # sum of w ||x||^2 over all rows
+    squares: np.ndarray  # (R,) float64, sum of w ||x||^2 over all rows
 
     @classmethod
     def zero(cls, centroids: np.ndarray) -> Totals:
-        return cls(np.zeros(centroids.shape), np.zeros(centroids.shape[:2]), 0.0)
+        return cls(np.zeros(centroids.shape), np.zeros(centroids.shape[:2]), np.zeros(len(centroids)))
 
     def add(self, other: Totals) -> None:
         self.sums += other.sums
@@ -92,26 +120,53 @@ class Totals:
         return np.maximum(self.squares - 2 * cross + (self.counts * norms).sum(axis=1), 0)
 
 
-def accumulate(rows: np.ndarray, metric: str, centroids: np.ndarray, weights: np.ndarray | None = None) -> Totals:
-    """Assigns rows (n, D), read in blocks, to centroids (R, K, D) and adds them up; `weights` is (n,) or None for 1."""
-    totals = Totals.zero(centroids)
-    num_clusters = centroids.shape[1]
-    for here, x in blocks(rows, metric):
-        x64 = x.astype(np.float64)
-        w = np.ones(len(x)) if weights is None else weights[here]
-        totals.squares += float(w @ np.einsum("nd,nd->n", x64, x64))
-        for restart, own in enumerate(centroids):
-            labels = nearest_centroid(x, own)
-            members = csr_matrix((w, (labels, np.arange(len(x)))), shape=(num_clusters, len(x)))
-            totals.sums[restart] += members @ x64
-            totals.counts[restart] += np.bincount(labels, weights=w, minlength=num_clusters)
+@dataclass
+class Pass:
+    """What one pass over the rows asks for: centroids of R restarts, and how exactly each is to be looked at."""
+
+    centroids: np.ndarray  # (R, K, D)
+    shares: np.ndarray  # (R,), the share of the rows that counts; smaller samples are part of larger ones
+    bases: Sequence[np.ndarray | None]  # R of (D, p): assign by projections, or exactly
+
+    @classmethod
+    def exact(cls, centroids: np.ndarray) -> Pass:
+        return cls(centroids, np.ones(len(centroids)), [None] * len(centroids))
+
+
+def nested_sample(num_rows: int, share: float, seed: int | Sequence[int]) -> np.ndarray | slice:
+    """The first ceil(share num_rows) of a random permutation, ascending; all of them for a share of 1."""
+    if share == 1:
+        return slice(None)
+    return np.sort(np.random.default_rng(seed).permutation(num_rows)[: math.ceil(share * num_rows)])
+
+
+def accumulate(
+    rows: np.ndarray, metric: str, wanted: Pass, weights: np.ndarray | None = None, seed: int | Sequence[int] = 0
+) -> Totals:
+    """Assigns rows (n, D), read in blocks, and adds them up; `weights` is (n,) or None for 1; `seed` draws samples."""
+    totals = Totals.zero(wanted.centroids)
+    for share in np.unique(wanted.shares):
+        sample = nested_sample(len(rows), share, seed)
+        restarts = np.flatnonzero(wanted.shares == share)
+        own = None if weights is None else weights[sample]
+        for here, x in blocks(rows, metric, sample):
+            x64 = x.astype(np.float64)
+            w = np.ones(len(x)) if own is None else own[here]
+            totals.squares[restarts] += float(w @ np.einsum("nd,nd->n", x64, x64))
+            for restart in restarts.tolist():
+                labels = nearest_centroid(x, wanted.centroids[restart], wanted.bases[restart])
+                present, at = np.unique(labels, return_inverse=True)  # of many clusters, a block touches few
+                members = csr_matrix((w, (at, np.arange(len(x)))), shape=(len(present), len(x)))
+                totals.sums[restart, present] += members @ x64
+                totals.counts[restart, present] += np.bincount(at, weights=w)
     return totals
 
 
 @dataclass
 class Farthest:
-    """Rows far from their centroid, farthest first."""
+    """Rows that are far from their centroid, with the keys that put them in order, highest first."""
 
+    keys: np.ndarray  # (m,) float64
     squared: np.ndarray  # (m,) float64
     labels: np.ndarray  # (m,) int32
     rows: np.ndarray  # (m, D), prepared
@@ -119,21 +174,37 @@ class Farthest:
 
     @classmethod
     def merge(cls, found: Iterable[Farthest], count: int) -> Farthest:
-        """The `count` farthest of several; ties go to the earlier one."""
-        columns = zip(*((part.squared, part.labels, part.rows, part.weights) for part in found), strict=True)
-        squared, labels, rows, weights = (np.concatenate(column) for column in columns)
-        order = np.argsort(-squared, kind="stable")[:count]
-        return cls(squared[order], labels[order], rows[order], weights[order])
+        """The `count` highest of several; ties go to the earlier one."""
+        columns = zip(*(vars(part).values() for part in found), strict=True)
+        joined = cls(*(np.concatenate(column) for column in columns))
+        order = np.argsort(-joined.keys, kind="stable")[:count]
+        return cls(*(column[order] for column in vars(joined).values()))
 
 
 def farthest(
-    rows: np.ndarray, metric: str, centroids: np.ndarray, count: int, weights: np.ndarray | None = None
+    rows: np.ndarray,
+    metric: str,
+    wanted: Pass,
+    count: int,
+    weights: np.ndarray | None = None,
+    seed: int | Sequence[int] = 0,
+    draw: int | None = None,
 ) -> Farthest:
-    """The `count` rows of (n, D) that are farthest from the nearest of centroids (K, D)."""
+    """The `count` rows of (n, D) that are farthest from their centroid, for the one restart of `wanted`.
+
+    With a `draw` they are drawn at random instead, without replacement, in proportion to w ||x - c||^2: the highest
+    of w ||x - c||^2 / Exp(1) (Efraimidis and Spirakis, 2006). Draws of different numbers are independent.
+    """
+    none = np.empty(0)
     dtype = np.result_type(rows.dtype, np.float32)
-    found = Farthest(np.empty(0), np.empty(0, np.int32), np.empty((0, rows.shape[1]), dtype), np.empty(0))
-    for here, x in blocks(rows, metric):
-        labels = nearest_centroid(x, centroids)
-        w = np.ones(len(x)) if weights is None else weights[here]
-        found = Farthest.merge([found, Farthest(squared_distances(x, centroids, labels), labels, x, w)], count)
+    found = Farthest(none, none, np.empty(0, np.int32), np.empty((0, rows.shape[1]), dtype), none)
+    sample = nested_sample(len(rows), float(wanted.shares[0]), seed)
+    own = None if weights is None else weights[sample]
+    generator = None if draw is None else np.random.default_rng([draw, *np.atleast_1d(seed)])
+    for here, x in blocks(rows, metric, sample):
+        labels = nearest_centroid(x, wanted.centroids[0], wanted.bases[0])
+        w = np.ones(len(x)) if own is None else own[here]
+        squared = squared_distances(x, wanted.centroids[0], labels)
+        keys = squared if generator is None else w * squared / generator.standard_exponential(len(x))
+        found = Farthest.merge([found, Farthest(keys, squared, labels, x, w)], count)
     return found

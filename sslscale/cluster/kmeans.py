@@ -11,23 +11,37 @@ from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from sslscale.cluster.kernels import Farthest, Totals, accumulate, blocks, farthest, nearest_centroid, squared_distances
-from sslscale.cluster.lloyd import ArrayRows, initial_state, lloyd
+from sslscale.cluster.kernels import (
+    Farthest,
+    Pass,
+    Totals,
+    accumulate,
+    blocks,
+    farthest,
+    nearest_centroid,
+    squared_distances,
+)
+from sslscale.cluster.lloyd import ArrayRows, lloyd, schedule
+from sslscale.cluster.seeding import initial_state
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, sample_positions
 from sslscale.features.distance import prepare, to_distance, to_objective
 from sslscale.features.files import write_npy
 from sslscale.runtime.base import Pool
 
-INITS = ("k-means++", "random")
+INITS = ("k-means++", "kmeans||", "random")
 METRICS = ("l2", "cosine")
+METHODS = ("lloyd", "minibatch")
 
 
 class KMeans(ClusterMixin, BaseEstimator):
-    """K-means by Lloyd's algorithm, with scikit-learn's manners.
+    """K-means with scikit-learn's manners.
 
-    `metric` is "l2" or "cosine" (spherical k-means); `init` is "k-means++", "random" or an array (K, D); the lowest
-    objective of `num_init` restarts wins. Iterations end when the objective falls by at most `tolerance` of itself.
+    `metric` is "l2" or "cosine" (spherical k-means); `init` is "k-means++", "kmeans||", "random" or an array (K, D);
+    the lowest objective of `num_init` restarts wins. `method` is "lloyd", exact from the first iteration, or
+    "minibatch", whose early iterations see growing samples where rows are many and projections where dimensions are
+    (see `lloyd.schedule`); both end with exact passes over all rows. Iterations end when the objective falls by at
+    most `tolerance` of itself. Above 65536 rows `threads` share the work; how many does not change the result.
 
     Fitted: `cluster_centers_` (K, D), `labels_` int32 (N,), `n_iter_` (updates of the winner), and `inertia_`, the
     objective: the sum of squared Euclidean distances, or of 1 - cosine, to the nearest centroid, in float64.
@@ -39,14 +53,18 @@ class KMeans(ClusterMixin, BaseEstimator):
         *,
         metric: str = "l2",
         init: str | np.ndarray = "k-means++",
+        method: str = "minibatch",
         num_init: int = 1,
         max_iterations: int = 100,
         tolerance: float = 1e-4,
+        threads: int = 1,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.num_clusters = num_clusters
         self.metric = metric
         self.init = init
+        self.method = method
+        self.threads = threads
         self.num_init = num_init
         self.max_iterations = max_iterations
         self.tolerance = tolerance
@@ -61,7 +79,7 @@ class KMeans(ClusterMixin, BaseEstimator):
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, dtype=np.float64)
         self._check_settings(len(X))
         init = self.init if isinstance(self.init, str) else prepare(np.array(self.init, dtype=X.dtype), self.metric)
-        rows = ArrayRows(X, self.metric, weights)
+        rows = ArrayRows(X, self.metric, weights, self.threads)
         seed = int(check_random_state(self.random_state).randint(2**31))
         state = lloyd(
             rows,
@@ -69,6 +87,7 @@ class KMeans(ClusterMixin, BaseEstimator):
             metric=self.metric,
             max_iterations=self.max_iterations,
             tolerance=self.tolerance,
+            steps=schedule(self.method, len(X), X.shape[1], self.num_clusters),
         )
         self.cluster_centers_ = state.centroids[state.best]
         self.labels_, squared = _assign(X, self.metric, self.cluster_centers_)
@@ -85,6 +104,8 @@ class KMeans(ClusterMixin, BaseEstimator):
     def _check_settings(self, num_rows: int) -> None:
         if self.metric not in METRICS:
             raise UserError("unknown metric", got=self.metric, allowed=", ".join(METRICS))
+        if self.method not in METHODS:
+            raise UserError("unknown method", got=self.method, allowed=", ".join(METHODS))
         if isinstance(self.init, str) and self.init not in INITS:
             raise UserError("unknown init", got=self.init, allowed=f"{', '.join(INITS)} or an array (K, D)")
         expected = (self.num_clusters, self.n_features_in_)
@@ -131,13 +152,14 @@ class KMeansWorker:
         part, rows = item
         return prepare(self.features.block(part)[rows], self.metric)
 
-    def totals(self, part: int, centroids: np.ndarray) -> Totals:
-        """Of the part's rows, for centroids (R, K, D)."""
-        return accumulate(self.features.block(part), self.metric, centroids)
+    def totals(self, part: int, wanted: Pass) -> Totals:
+        """Of the part's rows."""
+        return accumulate(self.features.block(part), self.metric, wanted, seed=part)
 
-    def farthest(self, part: int, broadcast: tuple[np.ndarray, int]) -> Farthest:
-        """The part's rows that are farthest from `(centroids (K, D), how many)`."""
-        return farthest(self.features.block(part), self.metric, *broadcast)
+    def farthest(self, part: int, broadcast: tuple[Pass, int, int | None]) -> Farthest:
+        """The part's rows that are farthest from their centroid, for `(pass of one restart, how many, draw)`."""
+        wanted, count, draw = broadcast
+        return farthest(self.features.block(part), self.metric, wanted, count, seed=part, draw=draw)
 
     def assign(self, part: int, centroids: np.ndarray) -> dict[str, Any]:
         """Writes the part's assignments and distances for centroids (K, D); returns its rows and objective."""
@@ -156,14 +178,14 @@ class PoolRows:
         self.num_rows = features.num_rows
         self._parts = [part.number for part in features.parts]
 
-    def totals(self, centroids: np.ndarray) -> Totals:
-        total = Totals.zero(centroids)
-        for part in _in_order(self.pool.map("totals", self._parts, centroids)):
+    def totals(self, wanted: Pass) -> Totals:
+        total = Totals.zero(wanted.centroids)
+        for part in _in_order(self.pool.map("totals", self._parts, wanted)):
             total.add(part)
         return total
 
-    def farthest(self, centroids: np.ndarray, count: int) -> Farthest:
-        return Farthest.merge(_in_order(self.pool.map("farthest", self._parts, (centroids, count))), count)
+    def farthest(self, wanted: Pass, count: int, draw: int | None = None) -> Farthest:
+        return Farthest.merge(_in_order(self.pool.map("farthest", self._parts, (wanted, count, draw))), count)
 
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         ids = self.features.row_ids(sample_positions(self.num_rows, size, seed))

@@ -6,21 +6,59 @@ and a centroid is the normalised mean (spherical k-means, Dhillon and Modha, 200
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
-from sklearn.cluster import kmeans_plusplus
 
-from sslscale.cluster.kernels import Farthest, Totals, accumulate, farthest
+from sslscale.cluster.kernels import Farthest, Pass, Totals, accumulate, farthest, principal_basis
 from sslscale.features import sample_positions
 from sslscale.features.distance import prepare
 from sslscale.features.files import replacing
+from sslscale.runtime.base import compute_threads
 
-SAMPLE_PER_CLUSTER = 256  # rows a cluster that the initial centroids are drawn from, as in faiss
+SAMPLE_PER_CLUSTER = 256  # rows a cluster that a sample has at least, as in faiss
 MIN_SAMPLE = 16384
+CHUNK_ROWS = 65536  # of an array, that one thread adds up at a time
+
+# Below these a full product costs no more than the projection of the rows.
+PROJECTED_CLUSTERS, PROJECTED_DIM = 256, 128
+ENERGIES = (0.85, 0.95)  # of the centroids' variance, that early assignments see
+STEP_TOLERANCE = 0.004  # relative fall of the objective that ends a step of the schedule, but for the last
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Step:
+    """How iterations look at the rows: a share of them, by projections that hold `energy`, or exactly (None)."""
+
+    share: float
+    energy: float | None
+
+
+EXACT = Step(1.0, None)
+
+
+def schedule(method: str, num_rows: int, dim: int, num_clusters: int) -> list[Step]:
+    """The steps of "lloyd" (exact from the first iteration) or of "minibatch".
+
+    "minibatch" begins on a random sample that doubles once it has taught what it can (nested mini-batches: Newling
+    and Fleuret, 2016, https://arxiv.org/abs/1602.02934), and, where clusters and dimensions are many, with
+    assignments by projections. It ends with Lloyd's exact iterations over all rows.
+    """
+    if method == "lloyd":
+        return [EXACT]
+    projected = num_clusters >= PROJECTED_CLUSTERS and dim >= PROJECTED_DIM
+    energies = ENERGIES if projected else ()
+    first = energies[0] if energies else None
+    shares = [1.0]
+    while shares[0] / 2 * num_rows >= max(SAMPLE_PER_CLUSTER * num_clusters, MIN_SAMPLE):
+        shares.insert(0, shares[0] / 2)
+    return [*(Step(share, first) for share in shares[:-1]), *(Step(1.0, energy) for energy in energies), EXACT]
 
 
 class Rows(Protocol):
@@ -28,12 +66,12 @@ class Rows(Protocol):
 
     num_rows: int
 
-    def totals(self, centroids: np.ndarray) -> Totals:
-        """Of all rows, for centroids (R, K, D)."""
+    def totals(self, wanted: Pass) -> Totals:
+        """Of the rows that each restart looks at."""
         ...
 
-    def farthest(self, centroids: np.ndarray, count: int) -> Farthest:
-        """The `count` rows farthest from centroids (K, D)."""
+    def farthest(self, wanted: Pass, count: int, draw: int | None = None) -> Farthest:
+        """The `count` rows farthest from their centroid, or drawn so, for the one restart of `wanted`."""
         ...
 
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,21 +80,40 @@ class Rows(Protocol):
 
 
 class ArrayRows:
-    """Rows in an array (n, D)."""
+    """Rows in an array (n, D), added up in chunks by `threads` threads; how many does not change a bit."""
 
-    def __init__(self, x: np.ndarray, metric: str, weights: np.ndarray | None = None) -> None:
-        self.x, self.metric, self.weights = x, metric, weights
+    def __init__(self, x: np.ndarray, metric: str, weights: np.ndarray | None = None, threads: int = 1) -> None:
+        self.x, self.metric, self.weights, self.threads = x, metric, weights, threads
         self.num_rows = len(x)
 
-    def totals(self, centroids: np.ndarray) -> Totals:
-        return accumulate(self.x, self.metric, centroids, self.weights)
+    def totals(self, wanted: Pass) -> Totals:
+        total = Totals.zero(wanted.centroids)
+        for chunk in self._chunks(lambda rows, weights, at: accumulate(rows, self.metric, wanted, weights, at)):
+            total.add(chunk)
+        return total
 
-    def farthest(self, centroids: np.ndarray, count: int) -> Farthest:
-        return farthest(self.x, self.metric, centroids, count, self.weights)
+    def farthest(self, wanted: Pass, count: int, draw: int | None = None) -> Farthest:
+        return Farthest.merge(
+            self._chunks(lambda rows, weights, at: farthest(rows, self.metric, wanted, count, weights, at, draw)), count
+        )
 
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         at = sample_positions(self.num_rows, size, seed)
         return prepare(self.x[at], self.metric), np.ones(len(at)) if self.weights is None else self.weights[at]
+
+    def _chunks(self, work: Callable[[np.ndarray, np.ndarray | None, int], T]) -> Iterator[T]:
+        """`work(rows, weights, number of the chunk)` over all chunks, results in order."""
+
+        def one(start: int) -> T:
+            here = slice(start, start + CHUNK_ROWS)
+            return work(self.x[here], None if self.weights is None else self.weights[here], start // CHUNK_ROWS)
+
+        starts = range(0, self.num_rows, CHUNK_ROWS)
+        if self.threads == 1 or len(starts) == 1:
+            yield from map(one, starts)
+            return
+        with compute_threads(1), ThreadPoolExecutor(self.threads) as pool:
+            yield from pool.map(one, starts)
 
 
 @dataclass
@@ -67,6 +124,7 @@ class LloydState:
     objective: np.ndarray  # (R,) float64, at the last pass; inf before the first
     active: np.ndarray  # (R,) bool
     iterations: np.ndarray  # (R,) int64, updates made so far
+    steps: np.ndarray  # (R,) int64, where each is in the schedule
     passes: int = 0  # over the rows
 
     @property
@@ -81,31 +139,14 @@ class LloydState:
     @classmethod
     def load(cls, path: Path) -> LloydState:
         with np.load(path, allow_pickle=False) as file:
-            return cls(file["centroids"], file["objective"], file["active"], file["iterations"], int(file["passes"]))
+            arrays = {name: file[name] for name in file.files}
+        return cls(**{**arrays, "passes": int(arrays["passes"])})
 
-
-def initial_state(rows: Rows, num_clusters: int, init: str | np.ndarray, num_init: int, seed: int) -> LloydState:
-    """Initial centroids: an array (K, D) as given, or rows chosen by "random" or "k-means++" from a bounded sample.
-
-    k-means++ is scikit-learn's greedy variant (Arthur and Vassilvitskii, 2007).
-    """
-    if isinstance(init, np.ndarray):
-        centroids = init[None]
-    else:
-        sample, weights = rows.sample(max(SAMPLE_PER_CLUSTER * num_clusters, MIN_SAMPLE), seed)
-        seeds = [int(restart) for restart in np.random.SeedSequence(seed).generate_state(num_init)]
-        centroids = np.stack([_choose(sample, weights, num_clusters, init, restart) for restart in seeds])
-    restarts = len(centroids)
-    return LloydState(
-        centroids, np.full(restarts, np.inf), np.ones(restarts, dtype=bool), np.zeros(restarts, dtype=np.int64)
-    )
-
-
-def _choose(sample: np.ndarray, weights: np.ndarray, num_clusters: int, init: str, seed: int) -> np.ndarray:
-    if init == "k-means++":
-        return kmeans_plusplus(sample, num_clusters, sample_weight=weights, random_state=seed)[0]
-    share = weights / weights.sum()
-    return sample[np.random.default_rng(seed).choice(len(sample), num_clusters, replace=False, p=share)]
+    @classmethod
+    def start(cls, centroids: np.ndarray) -> LloydState:
+        """Before the first pass, at centroids (R, K, D)."""
+        zeros = np.zeros(len(centroids), dtype=np.int64)
+        return cls(centroids, np.full(len(centroids), np.inf), zeros == 0, zeros, zeros.copy())
 
 
 def lloyd(
@@ -115,31 +156,49 @@ def lloyd(
     metric: str,
     max_iterations: int,
     tolerance: float,
+    steps: Sequence[Step] = (EXACT,),
     checkpoint: Callable[[LloydState], None] = lambda state: None,
 ) -> LloydState:
-    """Iterates until every restart has converged or has made `max_iterations` updates.
+    """Iterates until every restart has converged in the last step, or has made `max_iterations` updates.
 
     A restart has converged when its objective falls by at most `tolerance` times itself and no cluster is empty that
-    a row could fill. `checkpoint(state)` is called after every pass; going on from a saved state gives the same bits.
+    a row could fill. An earlier step ends the same way, at STEP_TOLERANCE; every restart ends with a pass of the last
+    step, so that objectives compare. `checkpoint(state)` is called after every pass; going on from a saved state gives
+    the same bits.
     """
+    last = len(steps) - 1
     while state.active.any():
         running = np.flatnonzero(state.active)
-        centroids = state.centroids[running]
-        totals = rows.totals(centroids)
-        objective = totals.objective(centroids)
+        wanted = _look([steps[step] for step in state.steps[running]], state.centroids[running])
+        totals = rows.totals(wanted)
+        objective = totals.objective(wanted.centroids) / wanted.shares
         for at, restart in enumerate(running):
             before, now = state.objective[restart], objective[at]
-            fell = now > 0 if np.isinf(before) else before - now > tolerance * before
+            at_last = state.steps[restart] == last
+            enough = tolerance if at_last else max(tolerance, STEP_TOLERANCE)
+            fell = now > 0 if np.isinf(before) else before - now > enough * before
             state.objective[restart] = now
-            state.active[restart] = state.iterations[restart] < max_iterations and (
-                _refill_empty(rows, totals, at, centroids[at]) or fell
-            )
-            if state.active[restart]:
-                state.centroids[restart] = _update(totals.sums[at], totals.counts[at], centroids[at], metric)
+            spent = state.iterations[restart] >= max_iterations
+            going_on = not spent and (_refill_empty(rows, totals, at, wanted) or fell)
+            state.active[restart] = going_on or not at_last
+            if not going_on and not at_last:
+                state.steps[restart] = last if spent else state.steps[restart] + 1
+                state.objective[restart] = np.inf  # the next step's differs for its own reasons
+            if state.active[restart] and not spent:
+                own = wanted.centroids[at]
+                state.centroids[restart] = _update(totals.sums[at], totals.counts[at], own, metric)
                 state.iterations[restart] += 1
         state.passes += 1
         checkpoint(state)
     return state
+
+
+def _look(steps: Sequence[Step], centroids: np.ndarray) -> Pass:
+    bases = [
+        None if step.energy is None else principal_basis(own, step.energy)
+        for step, own in zip(steps, centroids, strict=True)
+    ]
+    return Pass(centroids, np.array([step.share for step in steps]), bases)
 
 
 def _update(sums: np.ndarray, counts: np.ndarray, before: np.ndarray, metric: str) -> np.ndarray:
@@ -148,7 +207,7 @@ def _update(sums: np.ndarray, counts: np.ndarray, before: np.ndarray, metric: st
     return np.where(scale[:, None] > 0, sums / np.where(scale > 0, scale, 1)[:, None], before).astype(before.dtype)
 
 
-def _refill_empty(rows: Rows, totals: Totals, at: int, centroids: np.ndarray) -> bool:
+def _refill_empty(rows: Rows, totals: Totals, at: int, wanted: Pass) -> bool:
     """Gives each empty cluster the row farthest from its own centroid, taken out of its cluster's sum.
 
     The rows are chosen as scikit-learn chooses them. Rows at distance 0 stay (fewer distinct rows than clusters), and
@@ -158,7 +217,8 @@ def _refill_empty(rows: Rows, totals: Totals, at: int, centroids: np.ndarray) ->
     empty = np.flatnonzero(counts == 0)
     if not len(empty):
         return False
-    found = rows.farthest(centroids, len(empty))
+    here = slice(at, at + 1)
+    found = rows.farthest(Pass(wanted.centroids[here], wanted.shares[here], wanted.bases[here]), len(empty))
     filled = 0
     for squared, donor, row, weight in zip(found.squared, found.labels, found.rows, found.weights, strict=True):
         if squared > 0 and 0 < weight < counts[donor]:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from sslscale.cluster.kmeans import KMeansWorker, PoolRows, check_num_clusters
-from sslscale.cluster.lloyd import LloydState, initial_state, lloyd
+from sslscale.cluster.lloyd import LloydState, lloyd, schedule
 from sslscale.cluster.measures import davies_bouldin, imbalance, label_measures, silhouette
+from sslscale.cluster.seeding import initial_state
 from sslscale.config import ClusterConfig, RunConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features, sample_positions
@@ -91,6 +92,7 @@ def _fit(stage: Stage, settings: ClusterConfig, seed: int, pool: Pool, features:
             metric=settings.metric,
             max_iterations=settings.max_iterations,
             tolerance=settings.tolerance,
+            steps=schedule(settings.method, features.num_rows, features.dim, settings.num_clusters),
             checkpoint=checkpoint,
         )
 

@@ -210,11 +210,28 @@ class ClusterConfig(StageConfig):
     datasets: list[str] | None = Field(None, description="datasets that are fitted and assigned; none: all embedded")
     num_clusters: Positive = 10
     metric: Literal["l2", "cosine"] = "l2"
-    init: Literal["k-means++", "random"] = "k-means++"
+    init: Literal["k-means++", "kmeans||", "random"] = "k-means++"
+    method: Literal["lloyd", "minibatch"] = Field(
+        "minibatch", description="minibatch: early iterations on growing samples and by projections; lloyd: all exact"
+    )
     num_init: Positive = Field(5, description="restarts; the lowest objective wins")
     max_iterations: Positive = 50
     tolerance: float = Field(1e-4, ge=0.0, description="relative fall of the objective that ends the iterations")
     silhouette_samples: Positive = 2000
+
+
+class ReduceConfig(StageConfig):
+    """What compression costs, as a table, and a 2-D map of a sample."""
+
+    datasets: list[str] | None = Field(None, description="none: every embedded dataset")
+    metric: Literal["l2", "cosine"] = "cosine"
+    code_bytes: list[int] = Field(default_factory=lambda: [16, 32], description="bytes a vector of OPQ+PQ")
+    pca_dims: list[int] = Field(default_factory=lambda: [32, 64], description="dimensions kept by PCA, as fp32")
+    rows: Positive = Field(200_000, description="rows that codes are trained and measured on, at most")
+    queries: Positive = Field(1000, description="queries that recall@10 is measured on")
+    candidates: Positive = Field(100, description="neighbours by code that are ranked again by the exact distance")
+    map: Literal["pca", "umap"] | None = Field("pca", description="umap needs the extra 'maps'; none: no map")
+    map_rows: Positive = 5000
 
 
 class AnomalyConfig(StageConfig):
@@ -251,6 +268,7 @@ class RunConfig(StageConfig):
     index: IndexConfig | None = Field(default_factory=IndexConfig)
     cluster: ClusterConfig | None = Field(default_factory=ClusterConfig)
     anomaly: AnomalyConfig | None = Field(default_factory=AnomalyConfig)
+    reduce: ReduceConfig | None = None
     report: ReportConfig | None = Field(default_factory=ReportConfig)
     baselines: list[str] = Field(
         default_factory=list, description="backbones (pixels, hog) to cluster with the same code"

@@ -5,8 +5,10 @@ from sklearn.datasets import load_digits, make_blobs
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sslscale.cluster import KMeans
+from sslscale.cluster import lloyd as lloyd_module
 from sslscale.cluster.kmeans import _in_order
-from sslscale.cluster.lloyd import ArrayRows, LloydState, initial_state, lloyd
+from sslscale.cluster.lloyd import ArrayRows, LloydState, lloyd, schedule
+from sslscale.cluster.seeding import initial_state
 from sslscale.errors import UserError
 
 
@@ -143,7 +145,7 @@ def test_a_restart_does_not_depend_on_its_neighbours():
     alone = [
         lloyd(
             rows,
-            LloydState(state.centroids[[at]].copy(), np.array([np.inf]), np.array([True]), np.array([0])),
+            LloydState.start(state.centroids[[at]].copy()),
             **settings,
         )
         for at in range(4)
@@ -155,3 +157,78 @@ def test_a_restart_does_not_depend_on_its_neighbours():
 
 def test_results_are_reduced_in_the_order_of_their_parts():
     assert list(_in_order(iter([(2, "c"), (0, "a"), (3, "d"), (1, "b")]))) == ["a", "b", "c", "d"]
+
+
+def many_rows():
+    generator = np.random.default_rng(0)
+    centres = 3 * generator.normal(size=(40, 16))
+    return (centres[generator.integers(0, 40, 6000)] + generator.normal(size=(6000, 16))).astype(np.float16)
+
+
+@pytest.fixture
+def small_scale(monkeypatch):
+    """The schedule of large data, on small data."""
+    for name, value in {"SAMPLE_PER_CLUSTER": 32, "MIN_SAMPLE": 1000, "CHUNK_ROWS": 1000}.items():
+        monkeypatch.setattr(lloyd_module, name, value)
+    for name, value in {"PROJECTED_CLUSTERS": 8, "PROJECTED_DIM": 8}.items():
+        monkeypatch.setattr(lloyd_module, name, value)
+    monkeypatch.setattr("sslscale.cluster.kernels.RANK_STEP", 2)
+
+
+def test_the_schedule_grows_to_exact_passes_over_all_rows():
+    assert schedule("lloyd", 10**9, 384, 1000) == [lloyd_module.EXACT]
+    assert schedule("minibatch", 10_000, 64, 10) == [lloyd_module.EXACT]
+    steps = schedule("minibatch", 10**9, 384, 1000)
+    shares = [step.share for step in steps]
+    assert shares == sorted(shares) and shares[0] * 10**9 >= 256_000 > shares[0] * 10**9 / 2
+    assert [step.energy for step in steps[-3:]] == [0.85, 0.95, None] and shares[-3:] == [1, 1, 1]
+
+
+def test_minibatch_ends_like_lloyd(small_scale):
+    x = many_rows()
+    assert len(schedule("minibatch", len(x), 16, 40)) > 3
+    minibatch, full = (
+        KMeans(40, method=method, random_state=0, tolerance=1e-4).fit(x) for method in ("minibatch", "lloyd")
+    )
+    assert minibatch.inertia_ <= 1.02 * full.inertia_
+    distances = ((x[:, None].astype(np.float32) - minibatch.cluster_centers_) ** 2).sum(axis=2)
+    assert (minibatch.labels_ == distances.argmin(axis=1)).mean() > 0.999  # the final assignment is exact
+
+
+def test_a_schedule_goes_on_from_any_saved_iteration(small_scale, tmp_path):
+    rows = ArrayRows(many_rows(), "l2")
+    settings = {
+        "metric": "l2", "max_iterations": 7, "tolerance": 1e-3, "steps": schedule("minibatch", 6000, 16, 40),
+    }  # fmt: skip
+    saved = []
+
+    def checkpoint(state):
+        saved.append(tmp_path / f"{state.passes}.npz")
+        state.save(saved[-1])
+
+    whole = lloyd(rows, initial_state(rows, 40, "random", 2, seed=0), checkpoint=checkpoint, **settings)
+    assert (whole.steps == len(settings["steps"]) - 1).all()
+    for path in saved[::2]:
+        resumed = lloyd(rows, LloydState.load(path), **settings)
+        assert resumed.centroids.tobytes() == whole.centroids.tobytes()
+
+
+def test_threads_do_not_change_a_bit(small_scale):
+    x = many_rows()
+    one, three = (KMeans(40, threads=threads, init="random", random_state=0).fit(x) for threads in (1, 3))
+    assert one.cluster_centers_.tobytes() == three.cluster_centers_.tobytes()
+    assert one.inertia_ == three.inertia_
+
+
+@pytest.mark.parametrize("init", ["k-means++", "kmeans||"])
+def test_spread_starts_beat_a_random_one(init):
+    x = many_rows()
+    start = {name: [KMeans(40, init=name, max_iterations=1, random_state=seed).fit(x).inertia_ for seed in range(4)]
+             for name in (init, "random")}  # fmt: skip
+    assert np.mean(start[init]) < 0.9 * np.mean(start["random"])
+
+
+def test_kmeans_parallel_with_few_distinct_rows():
+    x = np.repeat(np.array([[0.0, 1.0], [2.0, 3.0], [5.0, 5.0]]), 50, axis=0)
+    model = KMeans(5, init="kmeans||", random_state=0).fit(x)
+    assert model.inertia_ == 0 and len(np.unique(model.labels_)) == 3
