@@ -95,6 +95,7 @@ _stage_command("embed", "Run a backbone over shards, into feature parts.")
 _stage_command("index", "Build a FAISS index over the features.")
 _stage_command("cluster", "Cluster the features.")
 _stage_command("anomaly", "Score every sample by its distance to its nearest neighbours.")
+_stage_command("reduce", "Measure what compression keeps of the features, and map them in two dimensions.")
 _stage_command("report", "Write the report of a run, one HTML file.")
 _stage_command("run", "All stages that the config has a section for, in order.")
 

@@ -56,6 +56,12 @@ def _anomaly(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, 
     return run_anomaly(run, config, runtime, name=name, overwrite=overwrite)
 
 
+def _reduce(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.reduce.stage import run_reduce
+
+    return run_reduce(run, config, runtime, name=name, overwrite=overwrite)
+
+
 def _baselines(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
     """Each baseline is a run of its own inside this one: the same code over other features, not normalised."""
     results = {}
@@ -82,6 +88,7 @@ STAGES: dict[str, StageFunction] = {
     "index": _index,
     "cluster": _cluster,
     "anomaly": _anomaly,
+    "reduce": _reduce,
     "baselines": _baselines,
     "report": _report,
 }

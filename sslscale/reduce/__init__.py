@@ -1,0 +1,1 @@
+"""Smaller vectors: what each way of compressing them keeps, and maps in two dimensions."""

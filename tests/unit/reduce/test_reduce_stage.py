@@ -1,0 +1,81 @@
+import sys
+
+import faiss
+import numpy as np
+import pytest
+
+from sslscale.config import RunConfig
+from sslscale.errors import UserError
+from sslscale.features import FeatureStore, open_features
+from sslscale.reduce.compress import codecs, measure, neighbours
+from sslscale.reduce.stage import run_reduce
+from sslscale.rundir import RunDir
+from sslscale.runtime.base import make_runtime
+
+DIM = 16
+
+
+@pytest.fixture
+def run(tmp_path):
+    generator = np.random.default_rng(0)
+    mixing = generator.normal(size=(8, DIM))
+    for name, size in {"train": 700, "test": 300}.items():
+        store = FeatureStore.create(tmp_path / "embed" / name, dim=DIM, dtype="fp16", normalized=False, backbone="b")
+        rows = generator.normal(size=(size, 8)) @ mixing + 0.1 * generator.normal(size=(size, DIM))
+        store.commit([store.write_part(0, rows, [f"{name}{row}" for row in range(size)], ["s"] * size, range(size))])
+    return RunDir(tmp_path)
+
+
+def config(**settings):
+    settings = {"code_bytes": [2], "pca_dims": [8], "queries": 100, "map_rows": 100, **settings}
+    return RunConfig.model_validate({"reduce": settings})
+
+
+def test_the_table_says_what_each_method_keeps(run):
+    result = run_reduce(run, config(), make_runtime("local"))
+    table = {line["method"]: line for line in result["table"]}
+    assert [line["bytes_per_vector"] for line in table.values()] == [64, 32, 16, 32, 2, 10]
+    assert table["fp16"]["recall_at_10"] > 0.99 and table["fp16"]["reconstruction_error"] < 1e-6
+    assert 0 < table["SQ8"]["reconstruction_error"] < 1e-3
+    assert table["PCA8"]["reconstruction_error"] < 0.02  # all but the noise lies in 8 dimensions
+    assert 0.01 < table["OPQ+PQ2"]["reconstruction_error"] < 0.9
+    for line in table.values():
+        assert line["recall_at_10"] <= line["recall_at_10_reranked"] + 1e-9
+    assert run_reduce(run, config(), make_runtime("local")) == result
+    codec = faiss.read_index(str(run.path / "reduce/main/codecs/OPQ+PQ2.faiss"))
+    assert codec.sa_encode(np.zeros((2, DIM), np.float32)).shape == (2, 2)
+
+
+def test_the_map_has_its_share_of_every_dataset(run):
+    assert run_reduce(run, config(code_bytes=[], pca_dims=[]), make_runtime("local"))["map"] == {
+        "method": "pca",
+        "num_points": 100,
+    }
+    points, ids = (np.load(run.path / "reduce/main" / name) for name in ("map.npy", "map_rows.npy"))
+    assert points.shape == (100, 2) and points.dtype == np.float32 and np.isfinite(points).all()
+    datasets = [record["dataset"] for record in open_features(run).records(ids)]
+    assert datasets.count("train") == 70 and datasets.count("test") == 30
+
+
+def test_recall_leaves_the_query_out_but_not_its_duplicates():
+    x = np.repeat(np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32), 2, axis=0)
+    at = np.arange(0, 80, 7)
+    truth = neighbours(x, at)
+    assert (truth[:, 0] == at ^ 1).all()
+    codec = faiss.index_factory(8, "Flat")
+    line = measure(codec, x, at, truth, candidates=20)
+    assert line["recall_at_10_reranked"] == 1 and line["reconstruction_error"] == 0
+
+
+def test_codecs_fit_the_dimension():
+    for dim in (20, 384):
+        for factory in codecs(dim, [16], [32]).values():
+            assert faiss.index_factory(dim, factory).d == dim
+    assert "PCA32" not in codecs(20, [16], [32])
+
+
+def test_a_missing_package_is_named_before_anything_starts(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(UserError, match=r"sslscale\[maps\]"):
+        run_reduce(run, config(map="umap"), make_runtime("local"))
+    assert not (run.path / "reduce").exists()
