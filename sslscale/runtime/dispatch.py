@@ -59,14 +59,20 @@ class DispatchPool(abc.ABC, Generic[Handle]):
     def _stop(self, worker: Handle) -> None:
         """Ends a worker at once, whatever it does; one that is dead already is fine."""
 
+    def _release(self, worker: Handle) -> None:
+        """Gives back an idle worker; a runtime may keep its process for a later pool."""
+        self._stop(worker)
+
     def __enter__(self) -> DispatchPool[Handle]:
         for _ in range(self._size):
             self._busy[self._start()] = None
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for worker in (*self._idle, *self._busy):
+        for worker in self._busy:
             self._stop(worker)
+        for worker in self._idle:
+            self._release(worker)
         self._idle.clear()
         self._busy.clear()
 

@@ -44,6 +44,7 @@ class RayRuntime:
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._max_retries, self._verbose = max_retries, verbose
         self._connected_here = False
+        self._warm: dict[int, list[ActorHandle]] = {}  # by their threads
 
     def start(self, cpus: int = 0) -> None:
         """Initialises Ray, once. A cluster on this machine gets at least `cpus` places for ranks and workers.
@@ -72,9 +73,14 @@ class RayRuntime:
         alone = self._connected_here and self._address is None
         places = 0 if alone else resources.threads  # on one machine threads may share cores, as they do without Ray
         options = {"num_cpus": places, "num_gpus": resources.gpus}
-        return _ActorPool(cloudpickle.dumps((worker, dict(setup))), resources, options, workers, self._max_retries)
+        payload = cloudpickle.dumps((worker, dict(setup)))
+        # On a cluster of our own, processes wait for the next pool with their imports done; elsewhere they would hold
+        # places that others need.
+        warm = self._warm.setdefault(resources.threads, []) if alone and not resources.gpus else None
+        return _ActorPool(payload, resources, options, workers, self._max_retries, warm)
 
     def close(self) -> None:
+        self._warm.clear()
         if self._connected_here:
             ray.shutdown()
             self._connected_here = False
@@ -83,6 +89,7 @@ class RayRuntime:
 def _local_cluster(cpus: int) -> dict[str, Any]:
     """Arguments of `ray.init` for a small cluster on this machine, without dashboard and usage reports."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # the one switch that Ray has for a single session
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that watches for notices of a cloud
     options: dict[str, Any] = {
         "address": "local",
         "num_cpus": max(os.cpu_count() or 1, _MIN_CPUS, cpus),
@@ -107,16 +114,22 @@ def _not_started(address: str | None, reason: str) -> UserError:
 
 class _ActorPool(DispatchPool[ActorHandle]):
     def __init__(
-        self, payload: bytes, resources: Resources, options: dict[str, Any], workers: int, max_retries: int
+        self,
+        payload: bytes,
+        resources: Resources,
+        options: dict[str, Any],
+        workers: int,
+        max_retries: int,
+        warm: list[ActorHandle] | None,
     ) -> None:
         super().__init__(workers, max_retries)
         self._payload = ray.put(payload)
-        self._threads, self._options = resources.threads, options
+        self._threads, self._options, self._warm = resources.threads, options, warm
         self._answers: dict[ObjectRef, ActorHandle] = {}
         self._told_to_wait = False
 
     def _start(self) -> ActorHandle:
-        actor: Any = ray.remote(WorkerHost).options(**self._options).remote()
+        actor: Any = self._warm.pop() if self._warm else ray.remote(WorkerHost).options(**self._options).remote()
         self._answers[actor.build.remote(self._payload, self._threads)] = actor
         return actor
 
@@ -141,6 +154,13 @@ class _ActorPool(DispatchPool[ActorHandle]):
     def _stop(self, worker: ActorHandle) -> None:
         ray.kill(worker)
         self._answers = {ref: other for ref, other in self._answers.items() if other != worker}
+
+    def _release(self, worker: ActorHandle) -> None:
+        if self._warm is None:
+            self._stop(worker)
+        else:
+            worker.clear.remote()
+            self._warm.append(worker)
 
     def _tell_to_wait(self) -> None:
         """Once, where no worker finds a place: the cluster may grow, or may never have room."""

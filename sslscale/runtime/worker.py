@@ -29,7 +29,7 @@ class Worker:
 
 
 class WorkerHost:
-    """Holds the worker of a process of its own. Both methods return an answer, for `open_answer` to read."""
+    """Holds the worker of a process of its own. `build` and `call` return an answer, for `open_answer` to read."""
 
     def build(self, payload: bytes, threads: int) -> bytes:
         """`payload` is the pickled `(class, setup)`: unpickling it imports what the worker computes with."""
@@ -40,6 +40,10 @@ class WorkerHost:
             self._worker = Worker(cls, setup, threads)
 
         return _answer(work)
+
+    def clear(self) -> None:
+        """Lets go of the worker; the process, with what it has imported, waits for another."""
+        del self._worker
 
     def call(self, method: str, item: Any, broadcast: Any) -> bytes:
         return _answer(lambda: self._worker.call(method, item, broadcast))
