@@ -150,6 +150,7 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._seen = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and not path.read_bytes().endswith(b"\n"):
             kept = path.read_bytes().rpartition(b"\n")
@@ -161,6 +162,17 @@ class Metrics:
 
     def read(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+
+    def read_new(self) -> list[dict[str, Any]]:
+        """The whole lines that were added since the last call, for a reader beside the writer."""
+        if not self.path.is_file():
+            return []
+        with self.path.open("rb") as file:
+            self._seen = min(self._seen, file.seek(0, os.SEEK_END))  # shorter: a restart has dropped lines
+            file.seek(self._seen)
+            whole = file.read().rpartition(b"\n")[0]
+        self._seen += len(whole) + bool(whole)
+        return [json.loads(line) for line in whole.splitlines()]
 
     def keep(self, wanted: Any) -> None:
         """Drops the lines for which `wanted(line)` is false (what was logged after the checkpoint resumed from)."""

@@ -90,7 +90,7 @@ def _follow(folder: Path, progress: Progress) -> Any:
     first: list[int] = []
 
     def tick() -> None:
-        lines = [line for line in metrics.read() if "loss" in line]
+        lines = [line for line in metrics.read_new() if "loss" in line]
         if not lines:
             return
         last = lines[-1]

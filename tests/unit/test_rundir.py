@@ -280,3 +280,19 @@ def test_one_of_many_contenders_holds_it(run: RunDir) -> None:
         process.kill()
         process.join()
     assert sum(winner is not None for winner in winners) == 1
+
+
+def test_a_reader_beside_the_writer_sees_each_whole_line_once(tmp_path):
+    metrics, reader = Metrics(tmp_path / "metrics.jsonl"), Metrics(tmp_path / "metrics.jsonl")
+    assert reader.read_new() == []
+    metrics.append(step=1)
+    with metrics.path.open("a") as file:
+        file.write('{"step": 2')
+    assert reader.read_new() == [{"step": 1}] and reader.read_new() == []
+    with metrics.path.open("a") as file:
+        file.write("}\n")
+    assert reader.read_new() == [{"step": 2}]
+    metrics.keep(lambda line: line["step"] < 2)
+    assert reader.read_new() == []
+    metrics.append(step=3)
+    assert reader.read_new() == [{"step": 3}]
