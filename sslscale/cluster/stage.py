@@ -1,27 +1,37 @@
-"""`sslscale cluster`: k-means over the parts of a feature store.
+"""`sslscale cluster`: k-means over the parts of a feature store, or another clusterer where the rows are few.
 
 cluster/<name>/centroids.npy                         (K, D) fp32
 cluster/<name>/assignments/<dataset>/part-00042.npy  int32, aligned to the feature part's rows
 cluster/<name>/distances/<dataset>/part-00042.npy    fp32, to the own centroid: Euclidean, or 1 - cosine
 cluster/<name>/metrics.jsonl                         the objective at every iteration
+cluster/<name>/sweep/<K>.jsonl                       the same, where several numbers of clusters are tried
+
+Of result.json: `schedule`, what the k-means iterations looked at (share of the rows; energy of the projection, null
+where exact); `sweep`, one line a number of clusters (see `sweep.describe`), and `num_clusters` the one chosen by
+`sweep.choose`; `noise`, the rows that hdbscan left out, which are assigned to the nearest centroid.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sslscale.cluster.kernels import nearest_centroid, squared_distances
 from sslscale.cluster.kmeans import KMeansWorker, PoolRows, check_num_clusters
 from sslscale.cluster.lloyd import LloydState, lloyd, schedule
 from sslscale.cluster.measures import davies_bouldin, imbalance, label_measures, silhouette
+from sslscale.cluster.others import MAX_ROWS, NOISE, check_rows, fit_labels, means
 from sslscale.cluster.seeding import initial_state
+from sslscale.cluster.sweep import choose, describe
 from sslscale.config import ClusterConfig, RunConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features, sample_positions
-from sslscale.features.distance import to_objective
+from sslscale.features.distance import prepare, to_distance, to_objective
 from sslscale.features.files import write_npy
-from sslscale.rundir import Metrics, RunDir, Stage
+from sslscale.rundir import Metrics, RunDir, Stage, write_atomic
 from sslscale.runtime.base import Pool, Resources, Runtime, compute_threads
 from sslscale.runtime.progress import Progress
 
@@ -37,7 +47,7 @@ def run_cluster(
     if settings is None:
         raise UserError("the config has no section 'cluster'", fix="add one, or leave this stage out")
     features = open_features(run, settings.datasets)
-    check_num_clusters(settings.num_clusters, features.num_rows)
+    numbers = _numbers(settings, features.num_rows)
     threads = config.runtime.threads
     stage = run.open_stage(
         "cluster",
@@ -50,30 +60,106 @@ def run_cluster(
         return stage.result
     setup = {"features": features.paths, "metric": settings.metric, "output": str(stage.path)}
     workers = min(config.runtime.workers, len(features.parts))
-    with (
-        compute_threads(threads),
-        runtime.pool(KMeansWorker, setup, workers, Resources(threads=threads)) as pool,
-    ):
-        state = _fit(stage, settings, config.seed, pool, features)
-        centroids = state.centroids[state.best]
-        write_npy(stage.path / "centroids.npy", centroids)
-        objective = _assign_parts(stage, pool, features, centroids)
     with compute_threads(threads):
-        measures = _measure(stage, settings, config.seed, features, centroids)
-    iterations = int(state.iterations[state.best])
-    counts = {"num_clusters": settings.num_clusters, "num_samples": features.num_rows}
-    return stage.finish({**counts, "objective": objective, "iterations": iterations, **measures})
+        if settings.method in MAX_ROWS:
+            found = _fit_at_once(stage, settings, config.seed, features)
+        else:
+            with runtime.pool(KMeansWorker, setup, workers, Resources(threads=threads)) as pool:
+                found = _fit_kmeans(stage, settings, numbers, config.seed, pool, features)
+        measures = _measure(stage, settings, config.seed, features, np.load(stage.path / "centroids.npy"))
+    return stage.finish({"num_samples": features.num_rows, **found, **measures})
 
 
-def _fit(stage: Stage, settings: ClusterConfig, seed: int, pool: Pool, features: FeatureSet) -> LloydState:
-    """Lloyd's iterations, each one saved in state.npz; goes on from there if it exists."""
-    path = stage.path / "state.npz"
+def _numbers(settings: ClusterConfig, num_rows: int) -> list[int]:
+    """The numbers of clusters to try, ascending; UserError for one that cannot be."""
+    given = settings.num_clusters
+    numbers = sorted(set(given)) if isinstance(given, list) else [given]
+    for number in numbers:
+        check_num_clusters(number, num_rows)
+    if settings.method in MAX_ROWS:
+        check_rows(settings.method, num_rows)
+        if isinstance(given, list):
+            raise UserError(
+                "several numbers of clusters are tried by k-means only",
+                got=f"cluster.method={settings.method}, cluster.num_clusters={given}",
+                fix="give one number, or set cluster.method=minibatch",
+            )
+    return numbers
+
+
+def _fit_at_once(stage: Stage, settings: ClusterConfig, seed: int, features: FeatureSet) -> dict[str, Any]:
+    """Clusters all rows in this process, and writes what k-means would."""
+    positions = np.arange(features.num_rows)
+    x = prepare(features.take(features.row_ids(positions)), settings.metric)
+    assert isinstance(settings.num_clusters, int)
+    labels = fit_labels(x, settings.method, settings.num_clusters, settings.num_init, seed)
+    centroids = means(x, labels)
+    noise = labels == NOISE
+    labels[noise] = nearest_centroid(x[noise], centroids)
+    squared = squared_distances(x, centroids, labels)
+    write_npy(stage.path / "centroids.npy", centroids)
+    start = 0
+    for part in features.parts:
+        here = slice(start, start + part.rows)
+        write_npy(stage.path / "assignments" / part.file, labels[here])
+        distances = to_distance(squared[here], settings.metric).astype(np.float32)
+        write_npy(stage.path / "distances" / part.file, distances)
+        start += part.rows
+    objective = to_objective(squared.sum(), settings.metric)
+    return {"num_clusters": len(centroids), "objective": objective, "iterations": 0, "noise": int(noise.sum())}
+
+
+def _fit_kmeans(
+    stage: Stage, settings: ClusterConfig, numbers: list[int], seed: int, pool: Pool, features: FeatureSet
+) -> dict[str, Any]:
+    """Fits each number of clusters, chooses one, and assigns all rows."""
+    sweep: dict[str, Any] = {}
+    chosen, name = numbers[0], stage.path / "state"
+    if isinstance(settings.num_clusters, list):
+        lines = [_sweep_line(stage, settings, number, seed, pool, features) for number in numbers]
+        chosen = choose(lines)
+        sweep, name = {"sweep": lines}, stage.path / "sweep" / str(chosen)
+    state = _fit(name, settings, chosen, seed, pool, features)
+    if sweep:
+        write_atomic(stage.path / "metrics.jsonl", name.with_suffix(".jsonl").read_bytes())
+    centroids = state.centroids[state.best]
+    write_npy(stage.path / "centroids.npy", centroids)
+    return {
+        "num_clusters": chosen,
+        "objective": _assign_parts(stage, pool, features, centroids),
+        "iterations": int(state.iterations[state.best]),
+        "schedule": [asdict(step) for step in schedule(settings.method, features.num_rows, features.dim, chosen)],
+        **sweep,
+    }
+
+
+def _sweep_line(
+    stage: Stage, settings: ClusterConfig, number: int, seed: int, pool: Pool, features: FeatureSet
+) -> dict[str, Any]:
+    part = f"sweep-{number}"
+    known = stage.part_done(part)
+    if known is not None:
+        return known
+    state = _fit(stage.path / "sweep" / str(number), settings, number, seed, pool, features)
+    at = sample_positions(features.num_rows, settings.silhouette_samples, seed)
+    sample = prepare(features.take(features.row_ids(at)), settings.metric)
+    objective = to_objective(state.objective[state.best], settings.metric)
+    line = describe(sample, state.centroids, state.best, objective, settings, seed)
+    stage.finish_part(part, line)
+    return line
+
+
+def _fit(
+    name: Path, settings: ClusterConfig, num_clusters: int, seed: int, pool: Pool, features: FeatureSet
+) -> LloydState:
+    """The iterations, each one saved in `name`.npz; goes on from there if it exists. `state` logs to metrics.jsonl."""
+    path = name.with_suffix(".npz")
     rows = PoolRows(pool, features)
-    metrics = Metrics(stage.path / "metrics.jsonl")
+    metrics = Metrics(name.with_name("metrics.jsonl") if name.name == "state" else name.with_suffix(".jsonl"))
     if path.is_file():
         state = LloydState.load(path)
     else:
-        state = initial_state(rows, settings.num_clusters, settings.init, settings.num_init, seed)
+        state = initial_state(rows, num_clusters, settings.init, settings.num_init, seed)
         state.save(path)
     metrics.keep(lambda line: line["iteration"] <= state.passes)
 
@@ -92,7 +178,7 @@ def _fit(stage: Stage, settings: ClusterConfig, seed: int, pool: Pool, features:
             metric=settings.metric,
             max_iterations=settings.max_iterations,
             tolerance=settings.tolerance,
-            steps=schedule(settings.method, features.num_rows, features.dim, settings.num_clusters),
+            steps=schedule(settings.method, features.num_rows, features.dim, num_clusters),
             checkpoint=checkpoint,
         )
 

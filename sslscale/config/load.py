@@ -76,7 +76,7 @@ def validate(model: type[Model], values: dict[Any, Any], prefix: str = "") -> Mo
 
 def _explain(model: type[BaseModel], complaint: Any, prefix: str) -> UserError:
     location = [str(part) for part in complaint["loc"]]
-    key = ".".join([*filter(None, [prefix]), *location])
+    key = ".".join(filter(None, [prefix, *location]))
     if complaint["type"] == "extra_forbidden":
         fields = sorted(_section(model, location[:-1]).model_fields)
         return UserError(

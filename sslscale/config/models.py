@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 not_identity = Field(json_schema_extra={"identity": False})
 
@@ -204,15 +204,24 @@ class IndexConfig(StageConfig):
     recall_queries: Positive = Field(1000, description="queries that recall@10 is measured on")
 
 
+# A tag names the branch that an error is about: the empty one is the setting itself.
+OneOrSeveral = Annotated[
+    Annotated[Positive, Tag("")] | Annotated[list[Positive], Field(min_length=2), Tag("several")],
+    Discriminator(lambda value: "several" if isinstance(value, list) else ""),
+]
+
+
 class ClusterConfig(StageConfig):
     """Clusters of the features."""
 
     datasets: list[str] | None = Field(None, description="datasets that are fitted and assigned; none: all embedded")
-    num_clusters: Positive = 10
+    num_clusters: OneOrSeveral = Field(10, description="several: each is fitted and measured, and the best kept")
     metric: Literal["l2", "cosine"] = "l2"
     init: Literal["k-means++", "kmeans||", "random"] = "k-means++"
-    method: Literal["lloyd", "minibatch"] = Field(
-        "minibatch", description="minibatch: early iterations on growing samples and by projections; lloyd: all exact"
+    method: Literal["lloyd", "minibatch", "hdbscan", "gmm", "spectral", "ward"] = Field(
+        "minibatch",
+        description="k-means: minibatch (early iterations on growing samples and by projections) or lloyd (all exact); "
+        "or scikit-learn's, where the samples are few",
     )
     num_init: Positive = Field(5, description="restarts; the lowest objective wins")
     max_iterations: Positive = 50

@@ -161,6 +161,31 @@ def test_workers_do_not_change_a_byte(run, metric):
     runtime.close()
 
 
+def test_a_sweep_keeps_the_best_number_and_goes_on_after_a_kill(run):
+    settings = config(cluster={"num_clusters": [9, 2, CLASSES], "num_init": 2, "silhouette_samples": 200})
+    counting = DyingRuntime()
+    result = run_cluster(run, settings, counting, name="whole")
+    assert [line["num_clusters"] for line in result["sweep"]] == [2, CLASSES, 9]
+    assert result["num_clusters"] == len(result["sizes"]) == CLASSES
+    assert result["objective"] == pytest.approx(result["sweep"][1]["objective"], rel=1e-5)
+    assert (run.path / "cluster/whole/metrics.jsonl").read_text()
+    for dies_at in range(0, counting.yielded, 7):
+        with pytest.raises(Killed):
+            run_cluster(run, settings, DyingRuntime(dies_at), name=f"killed-{dies_at}")
+        assert run_cluster(run, settings, DyingRuntime(), name=f"killed-{dies_at}") == result
+
+
+@pytest.mark.parametrize("method", ["hdbscan", "gmm", "spectral", "ward"])
+def test_other_clusterers_write_what_kmeans_writes(run, method):
+    result = run_cluster(run, config(cluster={"num_clusters": CLASSES, "method": method}), DyingRuntime())
+    assert set(outputs(run.path / "cluster/main")) == {
+        "centroids.npy", *(f"{kind}/{part.file}" for kind in ("assignments", "distances")
+                           for part in open_features(run).parts)
+    }  # fmt: skip
+    assert sum(result["sizes"]) == 270 and result["num_clusters"] == CLASSES and result["measures"]["acc"] > 0.95
+    assert result["noise"] == 0 or method == "hdbscan"
+
+
 def test_measures_that_need_labels_are_null_without_them(tmp_path):
     write_features(tmp_path, "train", labels=False)
     run = RunDir(tmp_path)
@@ -230,6 +255,8 @@ def test_wrong_searches(run):
         ("index", {"factory": "IFV16"}, "factory"),
         ("index", {"factory": "IVF512,Flat"}, "at most 270 lists"),
         ("cluster", {"num_clusters": 271}, "more clusters than samples"),
+        ("cluster", {"num_clusters": [2, 271]}, "more clusters than samples"),
+        ("cluster", {"num_clusters": [2, 3], "method": "ward"}, "by k-means only"),
         ("anomaly", {"k": 270}, "1 to 269"),
         ("cluster", {"datasets": ["tset"]}, "did you mean 'test'"),
     ],
