@@ -1,0 +1,85 @@
+"""K-means over a store: workers, runtimes, and a kill at any iteration change no bit, on every step of the schedule."""
+
+import numpy as np
+import pytest
+
+from sslscale.cluster import lloyd
+from sslscale.cluster.stage import run_cluster
+from sslscale.config import RunConfig
+from sslscale.features import FeatureStore
+from sslscale.rundir import RunDir
+from sslscale.runtime.base import make_runtime
+
+DIM, CLUSTERS, PART_ROWS, PARTS = 16, 40, 1500, 5
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Small data that goes through the schedule of large data; the workers are only told what to look at."""
+    sizes = {"SAMPLE_PER_CLUSTER": 32, "MIN_SAMPLE": 1000, "PROJECTED_CLUSTERS": 8, "PROJECTED_DIM": 8}
+    for name, value in sizes.items():
+        monkeypatch.setattr(lloyd, name, value)
+    monkeypatch.setattr("sslscale.cluster.kernels.RANK_STEP", 2)
+    generator = np.random.default_rng(0)
+    centres = 3 * generator.normal(size=(CLUSTERS, DIM))
+    store = FeatureStore.create(tmp_path / "embed/train", dim=DIM, dtype="fp16", normalized=False, backbone="b")
+    records = []
+    for part in range(PARTS):
+        rows = centres[generator.integers(0, CLUSTERS, PART_ROWS)] + generator.normal(size=(PART_ROWS, DIM))
+        keys = [f"{part}-{row}" for row in range(PART_ROWS)]
+        records.append(store.write_part(part, rows, keys, ["s"] * PART_ROWS, range(PART_ROWS)))
+    store.commit(records)
+    return RunDir(tmp_path)
+
+
+def config(workers, **settings):
+    cluster = {"num_clusters": CLUSTERS, "num_init": 2, "init": "kmeans||", "max_iterations": 8, **settings}
+    return RunConfig.model_validate({"cluster": cluster, "runtime": {"name": "local", "workers": workers}})
+
+
+def outputs(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*.npy"))}
+
+
+def test_local_workers(run):
+    runtime = make_runtime("local")
+    results = [run_cluster(run, config(workers), runtime, name=f"w{workers}") for workers in (1, 4)]
+    assert len(results[0]["schedule"]) >= 4 and results[0]["schedule"][0]["share"] < 1
+    expected = outputs(run.path / "cluster/w1")
+    assert len(expected) == 1 + 2 * PARTS
+    assert results[1] == results[0]  # two workers: see test_feature_stages
+    assert outputs(run.path / "cluster/w4") == expected
+
+
+@pytest.mark.ray
+def test_ray_workers(run, ray_runtime):
+    local = run_cluster(run, config(1), make_runtime("local"), name="local")
+    assert run_cluster(run, config(2), ray_runtime, name="ray") == local
+    assert outputs(run.path / "cluster/ray") == outputs(run.path / "cluster/local")
+
+
+class Stop(BaseException):
+    pass
+
+
+def test_stopped_at_every_iteration(run, monkeypatch):
+    runtime = make_runtime("local")
+    expected = run_cluster(run, config(1), runtime, name="whole")
+    save, passes = lloyd.LloydState.save, []
+    monkeypatch.setattr(lloyd.LloydState, "save", lambda state, path: (save(state, path), passes.append(state.passes)))
+    run_cluster(run, config(1), runtime, name="counted")
+    for stop in range(0, len(passes), 2):
+        saved = []
+
+        def save_and_stop(state, path, saved=saved, stop=stop):
+            save(state, path)
+            saved.append(state.passes)
+            if len(saved) == stop + 1:
+                raise Stop
+
+        monkeypatch.setattr(lloyd.LloydState, "save", save_and_stop)
+        with pytest.raises(Stop):
+            run_cluster(run, config(1), runtime, name=f"stopped-{stop}")
+        monkeypatch.setattr(lloyd.LloydState, "save", save)
+        assert run_cluster(run, config(1), runtime, name=f"stopped-{stop}") == expected
+        assert outputs(run.path / f"cluster/stopped-{stop}") == outputs(run.path / "cluster/whole")
