@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 from sslscale.features.distance import prepare
 
 BLOCK_ROWS = 4096
-TILE_CENTROIDS = 4096
+TILE_ROWS, TILE_CENTROIDS = 512, 2048  # of the scores that are held at once: they fit the cache
 RANK_STEP = 32
 
 
@@ -48,39 +48,53 @@ def principal_basis(centroids: np.ndarray, energy: float) -> np.ndarray | None:
     return None if 2 * rank > len(values) else vectors[:, : -rank - 1 : -1].astype(centroids.dtype)
 
 
-def nearest_centroid(x: np.ndarray, centroids: np.ndarray, basis: np.ndarray | None = None) -> np.ndarray:
-    """The index of the centroid (K, D) with the least squared L2 distance to each row of x (n, D): int32 (n,).
+class NearestCentroid:
+    """Finds the centroid (K, D) with the least squared L2 distance to each of many rows; made once, used by block.
 
-    ||x||^2 is the same for every centroid and left out: argmin of ||c||^2 - 2 x.c. Ties go to the lowest index.
-    Where the centroids lie further from the origin than from each other, that difference would cancel in fp32: both
-    sides are then taken relative to the centroids' mean.
+    ||x||^2 is the same for every centroid and left out: argmin of ||c||^2 - 2 x.c, as one product of [x, 1] with
+    [-2 c, ||c||^2]. Where the centroids lie further from the origin than from each other, that difference would
+    cancel in fp32: both sides are then taken relative to the centroids' mean.
 
     With an orthonormal `basis` (D, p) the product x.c is taken between projections while ||c||^2 stays whole: D / p
     times less work, and what it gets wrong are near ties.
     """
-    best = np.full(len(x), np.inf, dtype=x.dtype)
-    labels = np.zeros(len(x), dtype=np.int32)
-    centroids = centroids.astype(x.dtype, copy=False)
-    norms = np.einsum("kd,kd->k", centroids, centroids)
-    mean = centroids.mean(axis=0)
-    if basis is not None or mean @ mean > norms.mean() / 2:
-        centroids = centroids - mean
+
+    def __init__(self, centroids: np.ndarray, basis: np.ndarray | None = None) -> None:
         norms = np.einsum("kd,kd->k", centroids, centroids)
-        if basis is None:
-            x = x - mean
-        else:
-            x, centroids = x @ basis - mean @ basis, centroids @ basis
-    for start in range(0, len(centroids), TILE_CENTROIDS):
-        tile = slice(start, start + TILE_CENTROIDS)
-        scores = x @ centroids[tile].T
-        scores *= -2
-        scores += norms[tile]
-        nearest = scores.argmin(axis=1)
-        score = np.take_along_axis(scores, nearest[:, None], axis=1)[:, 0]
-        closer = score < best
-        labels[closer] = nearest[closer] + start
-        best[closer] = score[closer]
-    return labels
+        mean = centroids.mean(axis=0)
+        self.basis = basis
+        self.shift = mean if basis is not None or mean @ mean > norms.mean() / 2 else None
+        if self.shift is not None:
+            centroids = centroids - mean
+            norms = np.einsum("kd,kd->k", centroids, centroids)
+        if basis is not None:
+            centroids, self.shift = centroids @ basis, mean @ basis
+        self.table = np.concatenate([-2 * centroids, norms[:, None]], axis=1).T.copy()  # (D + 1 or p + 1, K)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Labels int32 (n,) of rows (n, D), of the centroids' dtype. Ties go to the lowest index."""
+        if self.basis is not None:
+            x = x @ self.basis
+        if self.shift is not None:
+            x = x - self.shift
+        x = np.concatenate([x, np.ones((len(x), 1), dtype=x.dtype)], axis=1)
+        labels = np.zeros(len(x), dtype=np.int32)
+        for begin in range(0, len(x), TILE_ROWS):
+            rows = slice(begin, begin + TILE_ROWS)
+            best = np.full(len(x[rows]), np.inf, dtype=x.dtype)
+            for start in range(0, self.table.shape[1], TILE_CENTROIDS):
+                scores = x[rows] @ self.table[:, start : start + TILE_CENTROIDS]
+                nearest = scores.argmin(axis=1)
+                score = np.take_along_axis(scores, nearest[:, None], axis=1)[:, 0]
+                closer = score < best
+                labels[rows][closer] = nearest[closer] + start
+                best[closer] = score[closer]
+        return labels
+
+
+def nearest_centroid(x: np.ndarray, centroids: np.ndarray, basis: np.ndarray | None = None) -> np.ndarray:
+    """The nearest of centroids (K, D) to each row of x (n, D): int32 (n,). See NearestCentroid."""
+    return NearestCentroid(centroids.astype(x.dtype, copy=False), basis)(x)
 
 
 def squared_distances(x: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -149,12 +163,17 @@ def accumulate(
         sample = nested_sample(len(rows), share, seed)
         restarts = np.flatnonzero(wanted.shares == share)
         own = None if weights is None else weights[sample]
+        dtype = np.result_type(rows.dtype, np.float32)
+        nearest = {
+            restart: NearestCentroid(wanted.centroids[restart].astype(dtype, copy=False), wanted.bases[restart])
+            for restart in restarts.tolist()
+        }
         for here, x in blocks(rows, metric, sample):
             x64 = x.astype(np.float64)
             w = np.ones(len(x)) if own is None else own[here]
             totals.squares[restarts] += float(w @ np.einsum("nd,nd->n", x64, x64))
-            for restart in restarts.tolist():
-                labels = nearest_centroid(x, wanted.centroids[restart], wanted.bases[restart])
+            for restart, find in nearest.items():
+                labels = find(x)
                 present, at = np.unique(labels, return_inverse=True)  # of many clusters, a block touches few
                 members = csr_matrix((w, (at, np.arange(len(x)))), shape=(len(present), len(x)))
                 totals.sums[restart, present] += members @ x64
@@ -201,8 +220,9 @@ def farthest(
     sample = nested_sample(len(rows), float(wanted.shares[0]), seed)
     own = None if weights is None else weights[sample]
     generator = None if draw is None else np.random.default_rng([draw, *np.atleast_1d(seed)])
+    find = NearestCentroid(wanted.centroids[0].astype(dtype, copy=False), wanted.bases[0])
     for here, x in blocks(rows, metric, sample):
-        labels = nearest_centroid(x, wanted.centroids[0], wanted.bases[0])
+        labels = find(x)
         w = np.ones(len(x)) if own is None else own[here]
         squared = squared_distances(x, wanted.centroids[0], labels)
         keys = squared if generator is None else w * squared / generator.standard_exponential(len(x))

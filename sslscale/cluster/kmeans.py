@@ -13,12 +13,12 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from sslscale.cluster.kernels import (
     Farthest,
+    NearestCentroid,
     Pass,
     Totals,
     accumulate,
     blocks,
     farthest,
-    nearest_centroid,
     squared_distances,
 )
 from sslscale.cluster.lloyd import ArrayRows, lloyd, schedule
@@ -129,8 +129,9 @@ def _assign(rows: np.ndarray, metric: str, centroids: np.ndarray) -> tuple[np.nd
     """Labels int32 (n,) and squared L2 distances float64 (n,) of rows (n, D), read in blocks."""
     labels = np.empty(len(rows), dtype=np.int32)
     squared = np.empty(len(rows))
+    nearest = NearestCentroid(centroids.astype(np.result_type(rows.dtype, np.float32), copy=False))
     for here, x in blocks(rows, metric):
-        labels[here] = nearest_centroid(x, centroids)
+        labels[here] = nearest(x)
         squared[here] = squared_distances(x, centroids, labels[here])
     return labels, squared
 

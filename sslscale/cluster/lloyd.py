@@ -217,8 +217,10 @@ def _refill_empty(rows: Rows, totals: Totals, at: int, wanted: Pass) -> bool:
     empty = np.flatnonzero(counts == 0)
     if not len(empty):
         return False
-    here = slice(at, at + 1)
-    found = rows.farthest(Pass(wanted.centroids[here], wanted.shares[here], wanted.bases[here]), len(empty))
+    share = wanted.shares[at]
+    if wanted.bases[at] is not None or share < 1:  # far rows of a sample will do while nothing else is exact
+        share = min(share, MIN_SAMPLE / rows.num_rows)
+    found = rows.farthest(Pass(wanted.centroids[at : at + 1], np.array([share]), [wanted.bases[at]]), len(empty))
     filled = 0
     for squared, donor, row, weight in zip(found.squared, found.labels, found.rows, found.weights, strict=True):
         if squared > 0 and 0 < weight < counts[donor]:
