@@ -11,6 +11,7 @@ from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from sslscale.cluster import hierarchy
 from sslscale.cluster.kernels import (
     Farthest,
     NearestCentroid,
@@ -162,9 +163,39 @@ class KMeansWorker:
         wanted, count, draw = broadcast
         return farthest(self.features.block(part), self.metric, wanted, count, seed=part, draw=draw)
 
-    def assign(self, part: int, centroids: np.ndarray) -> dict[str, Any]:
-        """Writes the part's assignments and distances for centroids (K, D); returns its rows and objective."""
-        labels, squared = _assign(self.features.block(part), self.metric, centroids)
+    def partition(self, part: int, parents: np.ndarray) -> np.ndarray:
+        """Writes the part's row numbers sorted by parent (P, D), and where each parent's begin; returns their sizes."""
+        labels = hierarchy.parent_labels(self.features.block(part), self.metric, parents)
+        order, starts = hierarchy.by_parent(labels, len(parents))
+        write_npy(self.output / "hierarchy" / f"order-{part:05d}.npy", order)
+        write_npy(self.output / "hierarchy" / f"starts-{part:05d}.npy", starts)
+        return np.diff(starts)
+
+    def split(self, item: tuple[int, int], settings: tuple[str, int, float, int]) -> None:
+        """Writes the centroids of `(parent, number of children)`, for `(init, max_iterations, tolerance, seed)`."""
+        parent, num_children = item
+        init, max_iterations, tolerance, seed = settings
+        spans = []
+        for part in self.features.parts:
+            order, starts = (
+                np.load(self.output / "hierarchy" / f"{name}-{part.number:05d}.npy", mmap_mode="r")
+                for name in ("order", "starts")
+            )
+            spans.append((part.number, order[starts[parent] : starts[parent + 1]]))
+        limit = hierarchy.sample_limit(num_children)
+        x = hierarchy.gather(self.features, spans, self.metric, limit, seed)
+        children = hierarchy.split(x, num_children, self.metric, init, max_iterations, tolerance, seed)
+        write_npy(self.output / "hierarchy" / f"children-{parent:06d}.npy", children)
+
+    def assign(self, part: int, clusters: np.ndarray | hierarchy.Tree) -> dict[str, Any]:
+        """Writes the part's assignments and distances for centroids (K, D) or a tree; returns rows and objective."""
+        rows = self.features.block(part)
+        if isinstance(clusters, hierarchy.Tree):
+            labels, squared = np.empty(len(rows), dtype=np.int32), np.empty(len(rows))
+            for here, x, own in clusters.assign(rows, self.metric):
+                labels[here], squared[here] = own, squared_distances(x, clusters.centroids, own)
+        else:
+            labels, squared = _assign(rows, self.metric, clusters)
         file = self.features.parts[part].file
         write_npy(self.output / "assignments" / file, labels)
         write_npy(self.output / "distances" / file, to_distance(squared, self.metric).astype(np.float32))

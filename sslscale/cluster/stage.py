@@ -8,7 +8,8 @@ cluster/<name>/sweep/<K>.jsonl                       the same, where several num
 
 Of result.json: `schedule`, what the k-means iterations looked at (share of the rows; energy of the projection, null
 where exact); `sweep`, one line a number of clusters (see `sweep.describe`), and `num_clusters` the one chosen by
-`sweep.choose`; `noise`, the rows that hdbscan left out, which are assigned to the nearest centroid.
+`sweep.choose`; `num_parents` and `distances_per_row` of the hierarchical method; `noise`, the rows that hdbscan left
+out, which are assigned to the nearest centroid.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sslscale.cluster.hierarchy import Tree, child_counts, num_parents
 from sslscale.cluster.kernels import nearest_centroid, squared_distances
 from sslscale.cluster.kmeans import KMeansWorker, PoolRows, check_num_clusters
 from sslscale.cluster.lloyd import LloydState, lloyd, schedule
@@ -65,7 +67,8 @@ def run_cluster(
             found = _fit_at_once(stage, settings, config.seed, features)
         else:
             with runtime.pool(KMeansWorker, setup, workers, Resources(threads=threads)) as pool:
-                found = _fit_kmeans(stage, settings, numbers, config.seed, pool, features)
+                fit = _fit_hierarchy if settings.method == "hierarchical" else _fit_kmeans
+                found = fit(stage, settings, numbers, config.seed, pool, features)
         measures = _measure(stage, settings, config.seed, features, np.load(stage.path / "centroids.npy"))
     return stage.finish({"num_samples": features.num_rows, **found, **measures})
 
@@ -78,12 +81,12 @@ def _numbers(settings: ClusterConfig, num_rows: int) -> list[int]:
         check_num_clusters(number, num_rows)
     if settings.method in MAX_ROWS:
         check_rows(settings.method, num_rows)
-        if isinstance(given, list):
-            raise UserError(
-                "several numbers of clusters are tried by k-means only",
-                got=f"cluster.method={settings.method}, cluster.num_clusters={given}",
-                fix="give one number, or set cluster.method=minibatch",
-            )
+    if settings.method not in ("lloyd", "minibatch") and isinstance(given, list):
+        raise UserError(
+            "several numbers of clusters are tried by flat k-means only",
+            got=f"cluster.method={settings.method}, cluster.num_clusters={given}",
+            fix="give one number, or set cluster.method=minibatch",
+        )
     return numbers
 
 
@@ -130,6 +133,36 @@ def _fit_kmeans(
         "iterations": int(state.iterations[state.best]),
         "schedule": [asdict(step) for step in schedule(settings.method, features.num_rows, features.dim, chosen)],
         **sweep,
+    }
+
+
+def _fit_hierarchy(
+    stage: Stage, settings: ClusterConfig, numbers: list[int], seed: int, pool: Pool, features: FeatureSet
+) -> dict[str, Any]:
+    """Parents over all rows, their children parent by parent, and the assignment among those that are near."""
+    folder = stage.path / "hierarchy"
+    state = _fit(folder / "parents", settings, num_parents(numbers[0]), seed, pool, features)
+    parents = state.centroids[state.best]
+    parts = [part.number for part in features.parts]
+    sizes = sum(own for _, own in pool.map("partition", parts, parents))
+    counts = child_counts(sizes, numbers[0])
+    used = np.flatnonzero(counts).tolist()
+    files = {parent: folder / f"children-{parent:06d}.npy" for parent in used}
+    missing = [(parent, int(counts[parent])) for parent in used if not files[parent].is_file()]
+    with Progress("split", total=len(missing), unit="parents") as progress:
+        broadcast = (settings.init, settings.max_iterations, settings.tolerance, seed)
+        for _ in pool.map("split", missing, broadcast):
+            progress.advance()
+    centroids = np.concatenate([np.load(file) for file in files.values()])
+    tree = Tree(parents, centroids, np.concatenate([[0], np.cumsum(counts)]))
+    candidates = [len(tree.candidates(parent)) for parent in range(len(parents))]
+    write_npy(stage.path / "centroids.npy", centroids)
+    return {
+        "num_clusters": len(centroids),
+        "objective": _assign_parts(stage, pool, features, tree),
+        "iterations": int(state.iterations[state.best]),
+        "num_parents": len(parents),
+        "distances_per_row": len(parents) + float(sizes @ candidates / sizes.sum()),
     }
 
 
@@ -183,12 +216,12 @@ def _fit(
         )
 
 
-def _assign_parts(stage: Stage, pool: Pool, features: FeatureSet, centroids: np.ndarray) -> float:
+def _assign_parts(stage: Stage, pool: Pool, features: FeatureSet, clusters: np.ndarray | Tree) -> float:
     """Assigns the parts that are not yet, and returns the objective over all, added in their order."""
     missing = [part.number for part in features.parts if stage.part_done(str(part.number)) is None]
     with Progress("assign", total=features.num_rows, unit="rows") as progress:
         progress.start_at(features.num_rows - sum(features.parts[number].rows for number in missing))
-        for index, record in pool.map("assign", missing, centroids):
+        for index, record in pool.map("assign", missing, clusters):
             stage.finish_part(str(missing[index]), record)
             progress.advance(record["rows"])
     records = [stage.part_done(str(part.number)) for part in features.parts]

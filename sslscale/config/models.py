@@ -218,9 +218,10 @@ class ClusterConfig(StageConfig):
     num_clusters: OneOrSeveral = Field(10, description="several: each is fitted and measured, and the best kept")
     metric: Literal["l2", "cosine"] = "l2"
     init: Literal["k-means++", "kmeans||", "random"] = "k-means++"
-    method: Literal["lloyd", "minibatch", "hdbscan", "gmm", "spectral", "ward"] = Field(
+    method: Literal["lloyd", "minibatch", "hierarchical", "hdbscan", "gmm", "spectral", "ward"] = Field(
         "minibatch",
-        description="k-means: minibatch (early iterations on growing samples and by projections) or lloyd (all exact); "
+        description="k-means: minibatch (early iterations on growing samples and by projections) or lloyd (all exact), "
+        "or hierarchical (two levels, for very many clusters); "
         "or scikit-learn's, where the samples are few",
     )
     num_init: Positive = Field(5, description="restarts; the lowest objective wins")

@@ -41,6 +41,18 @@ def outputs(path):
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*.npy"))}
 
 
+def test_hierarchical(run):
+    settings = {"num_clusters": 150, "method": "hierarchical", "init": "k-means++"}
+    runtime = make_runtime("local")
+    result = run_cluster(run, config(1, **settings), runtime, name="one")
+    assert result["num_clusters"] == len(result["sizes"]) == 150 and result["num_parents"] == 12
+    assert result["distances_per_row"] < 150 and sum(result["sizes"]) == PARTS * PART_ROWS
+    flat = run_cluster(run, config(1, num_clusters=150, num_init=1), runtime, name="flat")
+    assert result["objective"] <= 1.06 * flat["objective"]
+    assert run_cluster(run, config(2, **settings), runtime, name="two") == result
+    assert outputs(run.path / "cluster/two") == outputs(run.path / "cluster/one")
+
+
 def test_local_workers(run):
     runtime = make_runtime("local")
     results = [run_cluster(run, config(workers), runtime, name=f"w{workers}") for workers in (1, 4)]
