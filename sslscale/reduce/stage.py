@@ -36,7 +36,7 @@ def run_reduce(
     """
     settings = config.reduce
     if settings is None:
-        raise UserError("the config has no section 'reduce'", fix="add one, or leave this stage out")
+        raise UserError("the config has no section 'reduce'", fix="add one; an empty one will do: reduce={}")
     features = open_features(run, settings.datasets)
     _check(settings, features)
     threads = config.runtime.threads
