@@ -1,0 +1,119 @@
+"""K-means over parts on disk: anonymous memory of every process, and the time of an iteration, as the rows grow.
+
+    python benchmarks/cluster_memory.py [--rows 2500000 5000000] [--clusters 1024] [--workers 2]
+
+Random fp16 rows of 64 dimensions in parts of 2^18, exact iterations over all of them. Memory is RssAnon (memory-mapped
+pages are not counted), sampled every 50 ms, above what the process had once its imports were done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from common import write_result
+
+from sslscale.cluster.kmeans import KMeansWorker, PoolRows
+from sslscale.cluster.lloyd import LloydState, lloyd
+from sslscale.cluster.seeding import initial_state
+from sslscale.features import FeatureSet
+from sslscale.features.files import write_npy
+from sslscale.rundir import write_json
+from sslscale.runtime.base import Resources
+from sslscale.runtime.local import LocalRuntime
+
+DIM, PART_ROWS, ITERATIONS = 64, 2**18, 3
+
+
+def write_store(folder: Path, rows: int) -> FeatureSet:
+    """Parts of random rows; their tables, which k-means does not read, are left out."""
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((4096, DIM), dtype=np.float32)
+    parts = []
+    for part, start in enumerate(range(0, rows, PART_ROWS)):
+        size = min(PART_ROWS, rows - start)
+        noise = generator.standard_normal((size, DIM), dtype=np.float32)
+        write_npy(
+            folder / f"part-{part:05d}.npy", (centres[generator.integers(0, 4096, size)] + noise).astype(np.float16)
+        )
+        parts.append({"part": part, "rows": size, "sha256": "", "table_sha256": ""})
+    record = {"dim": DIM, "dtype": "fp16", "normalized": False, "backbone": "random", "parts": parts}
+    write_json(folder / "features.json", {"format_version": 1, "num_rows": rows, **record})
+    return FeatureSet.open({"train": str(folder)})
+
+
+class Memory(threading.Thread):
+    """The highest RssAnon of this process and its children above their first, in MB."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first: dict[int, int] = {}
+        self.peak: dict[int, int] = {}
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        me = psutil.Process()
+        while not self.done.wait(0.05):
+            for process in [me, *me.children()]:
+                text = Path(f"/proc/{process.pid}/status").read_text()
+                anonymous = int(text.split("RssAnon:")[1].split()[0])
+                self.first.setdefault(process.pid, anonymous)
+                self.peak[process.pid] = max(self.peak.get(process.pid, 0), anonymous)
+
+    def above(self) -> list[int]:
+        return sorted((self.peak[pid] - self.first[pid]) // 1024 for pid in self.peak)
+
+
+def measure(features: FeatureSet, output: str, clusters: int, workers: int) -> dict[str, Any]:
+    setup = {"features": features.paths, "metric": "l2", "output": output}
+    ends: list[float] = []
+    with LocalRuntime().pool(KMeansWorker, setup, workers, Resources(threads=1)) as pool:
+        parts = [part.number for part in features.parts]
+        list(pool.map("gather", [(0, np.arange(1))] * workers))  # the workers are up, their imports done
+        memory = Memory()
+        memory.start()
+        time.sleep(0.2)
+        rows = PoolRows(pool, features)
+        state = initial_state(rows, clusters, "random", 1, seed=0)
+
+        def checkpoint(state: LloydState) -> None:
+            ends.append(time.perf_counter())
+
+        start = time.perf_counter()
+        state = lloyd(rows, state, metric="l2", max_iterations=ITERATIONS, tolerance=0, checkpoint=checkpoint)
+        list(pool.map("assign", parts, state.centroids[0]))
+        memory.done.set()
+        memory.join()
+    seconds = np.diff([start, *ends])
+    flops = 2 * features.num_rows * clusters * DIM
+    return {
+        "rows": features.num_rows,
+        "seconds_per_iteration": round(float(np.median(seconds)), 2),
+        "gflops_per_second": round(flops / float(np.median(seconds)) / 1e9, 1),
+        "rss_anon_mb_above_imports": memory.above(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[2_500_000, 5_000_000])
+    parser.add_argument("--clusters", type=int, default=1024)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    runs = []
+    for rows in options.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            features = write_store(Path(folder), rows)
+            runs.append(measure(features, f"{folder}/out", options.clusters, options.workers))
+    settings = {"dim": DIM, "dtype": "fp16", "clusters": options.clusters, "workers": options.workers, "threads": 1}
+    write_result("cluster-memory", {**settings, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
