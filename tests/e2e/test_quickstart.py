@@ -58,7 +58,8 @@ def test_the_index_opens_with_faiss_and_finds_each_row_first(run):
     _, found = index.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), 1)
     assert found[:, 0].tolist() == [(1 << 32) | row for row in range(20)]
     result = read(run / "index" / "main" / "result.json")
-    assert index.ntotal == result["num_vectors"] == 1797 and result["recall_at_10"] > 0.95  # by ids: rows at the same distance count as misses
+    assert index.ntotal == result["num_vectors"] == 1797
+    assert result["recall_at_10"] > 0.95  # by ids: rows at the same distance may count as misses
 
 
 def test_assignments_are_the_nearest_centroids(run):
