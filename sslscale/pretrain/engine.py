@@ -159,7 +159,14 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`; an engine made with `universal` reads what `make_universal` wrote."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=UNIVERSAL if self._universal else SHARDED)
+        # Under ZeRO 3 the universal form gives every group the settings of the first, and all states one step counter.
+        for group, settings in zip(self._optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        for state in self._optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
         if loaded is None:
             raise StageError("pretrain: DeepSpeed cannot load its checkpoint", got=str(folder))
 

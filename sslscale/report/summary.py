@@ -79,6 +79,14 @@ def _anomaly(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
     return [f"{head}: {'  '.join(found)}" if found else head]
 
 
+def _reduce(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{row['method']:<10} {row['bytes_per_vector']:>6,} bytes a vector  recall@10 {row['recall_at_10']:.3f}"
+        f"  re-ranked {row['recall_at_10_reranked']:.3f}"
+        for row in result["table"]
+    ]
+
+
 _LINES = {
     "pack": _pack,
     "pretrain": _pretrain,
@@ -86,6 +94,7 @@ _LINES = {
     "index": _index,
     "cluster": _cluster,
     "anomaly": _anomaly,
+    "reduce": _reduce,
 }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
 import multiprocessing
@@ -244,9 +245,14 @@ def test_who_is_alive(run: RunDir) -> None:
 
 
 def test_a_heartbeat_renews_the_lease_and_a_lost_one_stops_the_work(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setattr(rundir, "HEARTBEAT_SECONDS", 0.05)
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever an earlier test's library has set
     with run:
         first = read_json(run.path / ".lease")["time"]
         time.sleep(0.3)
