@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslscale import __version__
+from sslscale import __version__, storage
 from sslscale.errors import EXIT_FAILED, EXIT_SIGINT, Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ Overrides = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option("-c", "--config", help="YAML file; default: the run directory's own config.yaml")
 ]
-RunPath = Annotated[Path | None, typer.Option("--run", help="run directory")]
+RunPath = Annotated[str | None, typer.Option("--run", help="run directory: a path or a URL")]
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="local or ray")]
 Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; none starts one on this machine")]
 Name = Annotated[str, typer.Option(help="name of the answer, so that one run can hold several")]
@@ -43,7 +44,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="tracebacks, and 
 
 def _config(
     path: Path | None,
-    run: Path | None,
+    run: str | None,
     runtime: str | None,
     address: str | None,
     limit: int | None,
@@ -51,8 +52,9 @@ def _config(
 ) -> RunConfig:
     from sslscale.config import load_config
 
-    if path is None and run is not None and (run / "config.yaml").is_file():
-        path = run / "config.yaml"
+    if path is None and run is not None:
+        own = storage.bring(storage.local_path(run) / "config.yaml")
+        path = own if own.is_file() else None
     flags = {"run": run, "runtime.name": runtime, "runtime.address": address, "limit": limit}
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return load_config(None if path is None else str(path), [*(overrides or []), *given])
@@ -90,6 +92,7 @@ def _stage_command(verb: str, help: str) -> None:
 
 
 _stage_command("pack", "Write a source's samples into tar shards.")
+_stage_command("dedup", "Find samples that are duplicates, and list the shards without them.")
 _stage_command("pretrain", "Train a backbone by self-supervision.")
 _stage_command("embed", "Run a backbone over shards, into feature parts.")
 _stage_command("index", "Build a FAISS index over the features.")
@@ -102,24 +105,184 @@ _stage_command("run", "All stages that the config has a section for, in order.")
 
 @app.command()
 def search(
-    run: Annotated[Path, typer.Argument(help="run directory")],
-    key: Annotated[str, typer.Option(help="key of a sample that was embedded")],
+    run: Annotated[str, typer.Argument(help="run directory: a path or a URL")],
+    key: Annotated[str | None, typer.Option(help="key of a sample that was embedded")] = None,
+    query: Annotated[Path | None, typer.Option(help="an image, or a .npy file of vectors")] = None,
+    queries: Annotated[str | None, typer.Option(help="shards, each sample of which is a query")] = None,
+    output: Annotated[Path | None, typer.Option(help="Parquet file of what --queries finds")] = None,
     k: Annotated[int, typer.Option(min=1, help="how many")] = 10,
+    where: Annotated[str | None, typer.Option(help="filter, such as \"split = 'train' and label >= 3\"")] = None,
     dataset: Annotated[str | None, typer.Option(help="dataset of the key, where several have it")] = None,
+    runtime: Annotated[str, typer.Option("--runtime", help="local or ray, for --queries")] = "local",
+    address: Address = None,
+    workers: Annotated[int, typer.Option(min=1, help="that embed --queries")] = 1,
     name: Name = "main",
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """The samples nearest to one that was embedded."""
-    from sslscale.index.search import run_search
+    """The samples nearest to one that was embedded, to an image, to vectors, or to each sample of some shards."""
+    from sslscale.index.query import run_search, search_shards
     from sslscale.rundir import RunDir
+    from sslscale.runtime.base import make_runtime
 
-    rows = run_search(RunDir(run), key=key, k=k, name=name, dataset=dataset)
+    held = RunDir(run).pull()
+    if queries is not None:
+        with closing(make_runtime(runtime, address=address, verbose=verbose)) as pools:
+            found = search_shards(
+                held, pools, queries=queries, output=output, k=k, where=where, name=name, workers=workers
+            )
+        _print_json(found)
+        return
+    rows = run_search(held, key=key, query=query, k=k, where=where, name=name, dataset=dataset)
     if as_json:
         _print_json(rows)
         return
     for row in rows:
         typer.echo(f"{row['distance']:.4f}  {row['dataset']}  {row['key']}")
+
+
+@app.command()
+def delete(
+    run: Annotated[str, typer.Argument(help="run directory: a path or a URL")],
+    keys: Annotated[Path, typer.Option(help="file of the samples' keys, one a line", exists=True, dir_okay=False)],
+    dataset: Annotated[str | None, typer.Option(help="dataset of the keys, where several have them")] = None,
+    name: Name = "main",
+    verbose: Verbose = False,
+) -> None:
+    """Take samples out of an index: no search returns them any more. `compact` frees their space."""
+    from sslscale.index.search import Index
+    from sslscale.rundir import RunDir
+
+    with RunDir(run) as held:
+        deleted = Index.open(held, name).delete(keys.read_text().split(), dataset)
+    typer.echo(f"{deleted:,} deleted from index {name}")
+
+
+@app.command()
+def compact(
+    run: Annotated[str, typer.Argument(help="run directory: a path or a URL")],
+    runtime: Annotated[str, typer.Option("--runtime", help="local or ray")] = "local",
+    address: Address = None,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    name: Name = "main",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build an index again without what was deleted from it."""
+    from sslscale.index.build import compact_index
+    from sslscale.rundir import RunDir
+    from sslscale.runtime.base import make_runtime
+
+    with RunDir(run) as held, closing(make_runtime(runtime, address=address, verbose=verbose)) as pools:
+        result = compact_index(held, pools, name=name, workers=workers)
+    typer.echo(json.dumps(result) if as_json else f"{result['num_vectors']:,} vectors, {result['bytes']:,} bytes")
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    run: RunPath = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="ranks; none: the config's own")] = None,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="ranks on one machine")] = 8,
+    link: Annotated[float, typer.Option(help="GB/s between two ranks of a machine")] = 100.0,
+    network: Annotated[float, typer.Option(help="GB/s of one machine's network")] = 50.0,
+    store: Annotated[float, typer.Option(help="GB/s of the shards' store, to all machines")] = 20.0,
+    limit: Limit = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """What a training will read, write, hold and take, from a short measurement; the bandwidths are yours to state."""
+    from dataclasses import asdict
+
+    from sslscale.plan.model import Machine
+    from sslscale.plan.stage import plan_lines, run_plan
+
+    machine = Machine(ranks_per_node, link * 1e9, network * 1e9, store * 1e9)
+    found = run_plan(_config(config, run, None, None, limit, overrides), machine, ranks=gpus)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    for line in plan_lines(found):
+        typer.echo(line)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="run directory: a path or a URL")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """What a run has done, does and has lost; another process may be at work on it."""
+    from dataclasses import asdict
+
+    from sslscale.status import run_status
+
+    found = run_status(run)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    for line in found.lines():
+        typer.echo(line)
+
+
+@app.command()
+def submit(
+    command: Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="what to run there, after --")],
+    address: Annotated[str, typer.Option(help="the cluster's dashboard")] = "http://127.0.0.1:8265",
+    working_dir: Annotated[Path, typer.Option(help="folder that the job gets a copy of")] = Path(),
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="return once the job is accepted")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a command on a Ray cluster, as a job: its output streams, and its exit code is this one's."""
+    from sslscale.runtime.address import use_token
+
+    use_token()
+    from sslscale.runtime.submit import submit as submit_job
+
+    raise typer.Exit(submit_job(command, address=address, folder=working_dir, wait=not no_wait))
+
+
+features_app = typer.Typer(help="What was embedded: a summary, and files for other tools.", no_args_is_help=True)
+app.add_typer(features_app, name="features")
+
+
+@features_app.command("info")
+def features_info(
+    run: Annotated[str, typer.Argument(help="run directory")], as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Rows, dimension, type and backbone of each embedded dataset."""
+    from sslscale.index.export import describe_features
+    from sslscale.rundir import RunDir
+
+    described = describe_features(RunDir(run).pull())
+    if as_json:
+        _print_json(described)
+        return
+    for dataset, facts in described.items():
+        typer.echo(dataset)
+        for name, value in facts.items():
+            typer.echo(f"  {name:<11} {', '.join(value) if isinstance(value, list) else value}")
+
+
+@features_app.command("export")
+def features_export(
+    run: Annotated[str, typer.Argument(help="run directory")],
+    format: Annotated[str, typer.Option(help="parquet, npy, lance or viewer")],
+    output: Annotated[Path, typer.Option(help="folder of the files")],
+    dataset: Annotated[str | None, typer.Option(help="one dataset; none: all")] = None,
+    runtime: Annotated[str, typer.Option("--runtime", help="local or ray, for a viewer's neighbours")] = "local",
+    address: Address = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write the features as Parquet, npy or Lance, or with the neighbours that an embedding viewer reads."""
+    from sslscale.index.export import export_features
+    from sslscale.rundir import RunDir
+    from sslscale.runtime.base import make_runtime
+
+    with RunDir(run) as held, closing(make_runtime(runtime, address=address, verbose=verbose)) as workers:
+        for path in export_features(held, workers, format=format, output=output, dataset=dataset):
+            typer.echo(path)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sslscale import storage
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
 from sslscale.runtime.address import unreachable
@@ -46,7 +47,7 @@ def run_doctor(config: RunConfig | None = None) -> list[Check]:
     """Every check of this machine, and those of `config`'s run directory, datasets and cluster where it is given."""
     checks = [Check("python", "ok", platform.python_version()), *_packages(), _faiss_build(), _shared_memory()]
     if config is not None:
-        folder = Path(config.run).expanduser().absolute()
+        folder = storage.local_path(config.run)
         checks += [_disk(folder), _writable(folder), *(_dataset(config, name) for name in config.datasets)]
         address = config.runtime.address or os.environ.get("RAY_ADDRESS")
         if config.runtime.name == "ray" and address:
@@ -165,6 +166,7 @@ def _existing(folder: Path) -> Path:
 
 def _dataset(config: RunConfig, name: str) -> Check:
     """Opens the dataset and reads its first sample."""
+    from sslscale.shards.cache import ShardCache
     from sslscale.shards.dataset import open_shards
     from sslscale.shards.plan import Span
     from sslscale.shards.stream import Failure, read_spans
@@ -174,7 +176,7 @@ def _dataset(config: RunConfig, name: str) -> Check:
         return Check(row, "warn", f"{location} is not packed yet", "sslscale pack, or sslscale run, makes it")
     try:
         with tempfile.TemporaryDirectory() as cache:
-            shards = open_shards(location, cache=Path(cache))
+            shards = open_shards(location, ShardCache(Path(cache), 0))
             first = next(iter(read_spans(shards, [Span(0, 0, 1)])))
     except UserError as error:
         return Check(row, "fail", f"{error.what}: {error.got}", error.fix or "check datasets in the config")

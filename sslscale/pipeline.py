@@ -27,9 +27,10 @@ def _pack(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, nam
 
 
 def _pretrain(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.corpus import TOOLS
     from sslscale.pretrain.stage import run_pretrain
 
-    return run_pretrain(run, config, runtime, overwrite=overwrite)
+    return run_pretrain(run, config, runtime, TOOLS, overwrite=overwrite)
 
 
 def _embed(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
@@ -62,13 +63,22 @@ def _reduce(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, n
     return run_reduce(run, config, runtime, name=name, overwrite=overwrite)
 
 
+def _dedup(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
+    from sslscale.dedup.stage import run_dedup
+
+    return run_dedup(run, config, runtime, name=name, overwrite=overwrite)
+
+
 def _baselines(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
     """Each baseline is a run of its own inside this one: the same code over other features, not normalised."""
     results = {}
+    embed, cluster = config.embed.model_copy(update={"normalize": False}), config.cluster
+    if cluster is not None and cluster.method == "objective":  # which baselines have none of
+        cluster = cluster.model_copy(update={"method": "minibatch"})
     for backbone in config.baselines:
         with RunDir(run.path / "baselines" / backbone) as inner:
             theirs = config.model_copy(
-                update={"embed": config.embed.model_copy(update={"backbone": backbone, "normalize": False})}
+                update={"embed": embed.model_copy(update={"backbone": backbone}), "cluster": cluster}
             )
             _embed(inner, theirs, runtime, overwrite, name)
             results[backbone] = _cluster(inner, theirs, runtime, overwrite, name)
@@ -83,6 +93,7 @@ def _report(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, n
 
 STAGES: dict[str, StageFunction] = {
     "pack": _pack,
+    "dedup": _dedup,
     "pretrain": _pretrain,
     "embed": _embed,
     "index": _index,
@@ -123,7 +134,8 @@ def run_stages(
             refused = isinstance(error, UserError) and error.exit_code == EXIT_USAGE
             if not refused:  # what is refused leaves the run as it was
                 stopped = isinstance(error, Interrupted | KeyboardInterrupt)
-                run.record(status="interrupted" if stopped else "failed")
+                with contextlib.suppress(OSError):  # a full disk must not hide what it led to
+                    run.record(status="interrupted" if stopped else "failed")
             raise
         finally:
             runtime.close()

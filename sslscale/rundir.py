@@ -2,56 +2,38 @@
 
 RUN/manifest.json                   who made it: command, versions, hardware, seeds, what each stage counted
 RUN/config.yaml                     resolved
-RUN/.lease                          the process that holds the directory, with a heartbeat
+RUN/.lease/<number>                 the process that holds the directory, with a heartbeat; the highest number counts
 RUN/<kind>[/<name>]/stage.json      the stage's identity: its settings and its parents; written first
 RUN/<kind>[/<name>]/done/<part>     a marker per finished part (its content is the part's own result)
 RUN/<kind>[/<name>]/failed/<part>.jsonl   what was lost, with the key and the reason
 RUN/<kind>[/<name>]/result.json     written last: whatever has none is not done
+
+RUN may be a URL: then `path` is its working copy, and `sslscale.storage` publishes each file as it is written.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
-import signal
-import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sslscale import storage
 from sslscale.errors import StageError, UserError
+from sslscale.lease import Lease
+from sslscale.storage import write_atomic
 
 FORMAT_VERSION = 1
-HEARTBEAT_SECONDS = 10.0
-LEASE_SECONDS = 60.0
-_LOCK = ".lease.lock"
-_SETTLE_SECONDS = 0.05
-_START_TOLERANCE_SECONDS = 2.0  # the kernel's idea of when it booted moves as the clock is corrected
+_PUBLISH_SECONDS = 15.0
+_PUBLISH_BYTES_A_SECOND = 1e6
 
 
 # ------------------------------------------------------------------ small files
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -61,9 +43,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON in `path`; a UserError where it is missing or broken."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(storage.bring(path).read_text())
     except FileNotFoundError:
-        raise UserError("a file that this needs is missing", got=str(path)) from None
+        raise UserError("a file that this needs is missing", got=storage.shown(path)) from None
     except json.JSONDecodeError as error:
         raise UserError("a file is not valid JSON", got=f"{path}: {error}") from None
 
@@ -101,6 +83,7 @@ class Stage:
         self.path, self.kind, self.name = path, kind, name
         self.settings, self.parents = dict(settings), dict(parents)
         self.identity = hash_json({"settings": self.settings, "parents": self.parents})
+        self._retries = storage.retries()
 
     @property
     def done(self) -> bool:
@@ -122,7 +105,7 @@ class Stage:
         if lines:
             write_atomic(file, "\n".join(lines) + "\n")
         else:
-            file.unlink(missing_ok=True)  # of an earlier attempt that was killed before its marker
+            storage.remove(file)  # of an earlier attempt that was killed before its marker
         write_json(self.path / "done" / part, dict(record))
 
     def failures(self) -> Iterator[dict[str, Any]]:
@@ -130,8 +113,9 @@ class Stage:
             yield from map(json.loads, file.read_text().splitlines())
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes result.json, last. Returns it as read back."""
-        write_json(self.path / "result.json", {"format_version": FORMAT_VERSION, "identity": self.identity, **result})
+        """Writes result.json, last, with the requests to a store that had to be sent again. Returns it as read back."""
+        record = {"format_version": FORMAT_VERSION, "identity": self.identity, **result}
+        write_json(self.path / "result.json", {**record, "storage_retries": storage.retries() - self._retries})
         return self.result
 
     def check_failed_share(self, failed: int, total: int, allowed: float) -> None:
@@ -141,7 +125,7 @@ class Stage:
                 f"{self.kind}: too many samples failed",
                 got=f"{failed} of {total} ({failed / total:.2%})",
                 allowed=f"at most {allowed:.2%} ({self.kind}.max_failed_share)",
-                fix=f"read the reasons in {self.path / 'failed'}, or raise {self.kind}.max_failed_share",
+                fix=f"read the reasons in {storage.shown(self.path)}/failed, or raise {self.kind}.max_failed_share",
             )
 
 
@@ -151,24 +135,39 @@ class Metrics:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen = 0
+        self._file: tuple[int, int] | None = None  # the one that `_seen` bytes of were read
+        self._published = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and not path.read_bytes().endswith(b"\n"):
+        if storage.bring(path).is_file() and not path.read_bytes().endswith(b"\n"):
             kept = path.read_bytes().rpartition(b"\n")
             write_atomic(path, kept[0] + kept[1])
 
     def append(self, **values: Any) -> None:
+        """Adds a line; a store gets the whole file again now and then, the more rarely the longer it is."""
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
+            size = file.tell()
+        if time.monotonic() - self._published > _PUBLISH_SECONDS + size / _PUBLISH_BYTES_A_SECOND:
+            self.publish()
+
+    def publish(self) -> None:
+        self._published = time.monotonic()
+        storage.publish(self.path)
 
     def read(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
 
     def read_new(self) -> list[dict[str, Any]]:
-        """The whole lines that were added since the last call, for a reader beside the writer."""
+        """The whole lines that were added since the last call, for a reader beside the writer.
+
+        All of them where a restart has dropped some: the places of the others in the file may have changed.
+        """
         if not self.path.is_file():
             return []
         with self.path.open("rb") as file:
-            self._seen = min(self._seen, file.seek(0, os.SEEK_END))  # shorter: a restart has dropped lines
+            status = os.fstat(file.fileno())
+            if (status.st_dev, status.st_ino) != self._file:
+                self._file, self._seen = (status.st_dev, status.st_ino), 0
             file.seek(self._seen)
             whole = file.read().rpartition(b"\n")[0]
         self._seen += len(whole) + bool(whole)
@@ -184,19 +183,25 @@ class Metrics:
 
 
 class RunDir:
-    """A run directory, held by this process while it is open (`with RunDir(path) as run`)."""
+    """A run directory, held by this process while it is open (`with RunDir(path) as run`).
 
-    def __init__(self, path: str | Path) -> None:
-        if "://" in str(path):
-            raise UserError("a run directory is a local or mounted folder", got=str(path), fix="give a path with --run")
-        self.path = Path(path).expanduser().absolute()
+    `location` is a path or an fsspec URL; `path` is where it is worked on.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.path = storage.local_path(location)
         self.on_start: Callable[[], None] = lambda: None
         """Called when a stage is accepted that is not done: from then on this command changes the run."""
-        self._lease: _Lease | None = None
+        self._lease: Lease | None = None
 
     def __enter__(self) -> RunDir:
-        self._lease = _Lease(self.path)
+        self._lease = Lease(self.path)
         self._lease.acquire()
+        return self.pull()
+
+    def pull(self) -> RunDir:
+        """Brings the working copy up to date, for readers; holding the directory does so as well."""
+        storage.pull(self.path)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -233,7 +238,7 @@ class RunDir:
                 raise _other_identity(stage, known)
         if _holds_other_things(stage.path) and not overwrite:
             raise UserError(
-                f"{stage.path} holds something else than a stage",
+                f"{storage.shown(stage.path)} holds something else than a stage",
                 fix="--overwrite throws it away, or choose another --run or --name",
             )
         discard(stage.path)
@@ -261,12 +266,13 @@ class RunDir:
 
 
 def discard(path: Path) -> None:
-    """Removes a folder so that it never looks half there: renamed first, then deleted."""
+    """Removes a folder, here and there, so that it never looks half there: renamed first, then deleted."""
     if path.exists():
         path.rename(path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.discarded"))
     # A process that was killed between the two has left its own behind.
     for doomed in path.parent.glob(f".{glob.escape(path.name)}.*.discarded"):
         shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+    storage.remove_remote_tree(path)
 
 
 def _holds_other_things(path: Path) -> bool:
@@ -283,117 +289,7 @@ def _other_identity(stage: Stage, known: Mapping[str, Any]) -> UserError:
         if before.get(key) != after.get(key)
     ]
     return UserError(
-        f"{stage.path} was made with other settings",
+        f"{storage.shown(stage.path)} was made with other settings",
         got="; ".join(changed),
         fix="--overwrite replaces it (and what was made from it), or another --name or --run keeps both",
     )
-
-
-# ------------------------------------------------------------------ the lease
-
-
-class _Lease:
-    """RUN/.lease: who holds the directory, renewed by a heartbeat.
-
-    A holder on this machine whose process is gone is dead at once; one elsewhere is dead when its heartbeat is older
-    than LEASE_SECONDS. Contenders take turns by a file lock; on mounts without locks the last one to write holds it.
-    """
-
-    def __init__(self, run: Path) -> None:
-        self.run, self.path = run, run / ".lease"
-        self.token = f"{_machine()}:{os.getpid()}:{time.time_ns()}"
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="sslscale-lease", daemon=True)
-
-    def acquire(self) -> None:
-        try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            with _turn(self.run / _LOCK):
-                holder = self._holder()
-                if holder is not None and _alive(holder):
-                    raise _in_use(self.run, holder)
-                self._write()
-        except OSError as error:
-            raise UserError(
-                "the run directory cannot be written",
-                got=f"{self.run}: {error.strerror or error}",
-                fix="give another --run",
-            ) from None
-        time.sleep(_SETTLE_SECONDS)
-        if not self._held():
-            raise _in_use(self.run, self._holder())
-        self._thread.start()
-
-    def release(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        with contextlib.suppress(OSError):
-            if self._held():
-                self.path.unlink()
-                if [entry.name for entry in self.run.iterdir()] == [_LOCK]:  # nothing was started
-                    (self.run / _LOCK).unlink()
-                    self.run.rmdir()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a full disk must not end the work; the lease then runs out
-                if not self._held():
-                    print(f"error: {_in_use(self.run, self._holder())}", file=sys.stderr, flush=True)
-                    os.kill(os.getpid(), signal.SIGINT)
-                    return
-                self._write()
-
-    def _held(self) -> bool:
-        holder = self._holder()
-        return holder is not None and holder["token"] == self.token
-
-    def _holder(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def _write(self) -> None:
-        process = {"machine": _machine(), "pid": os.getpid(), "start": _start_time(os.getpid())}
-        write_json(self.path, {"token": self.token, **process, "time": time.time()})
-
-
-@contextlib.contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):  # a mount without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _alive(holder: Mapping[str, Any]) -> bool:
-    if holder["machine"] != _machine():
-        return time.time() - holder["time"] < LEASE_SECONDS
-    start = _start_time(holder["pid"])
-    return start is not None and abs(start - holder["start"]) < _START_TOLERANCE_SECONDS
-
-
-def _in_use(run: Path, holder: Mapping[str, Any] | None) -> UserError:
-    who = f"pid {holder['pid']} on {holder['machine'].partition(' ')[0]}" if holder else "another process"
-    return UserError(
-        "the run directory is in use by another process",
-        got=f"{run} is held by {who}",
-        fix="wait for it to end, or give another --run",
-    )
-
-
-def _machine() -> str:
-    """Where a pid means something: the host and, on Linux, the namespace of pids (containers may share a name)."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{socket.gethostname()} {namespace.readlink() if namespace.exists() else ''}".strip()
-
-
-def _start_time(pid: int) -> float | None:
-    """When the process started, or None where there is none: tells a reused pid from the holder's."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return None

@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet
 from sslscale.features.files import write_npy
+from sslscale.index.all_pairs import Neighbours
 from sslscale.index.exact import ArrayReference, SetReference, exact_knn
 
 METRICS = ("l2", "cosine")
@@ -72,24 +73,34 @@ def check_k(k: int, num_reference: int) -> None:
 class KNNWorker:
     """Scores parts of a feature set against a reference set; both are given as a set's `paths`.
 
-    `output` is the stage's folder. A part's scores depend on the part and the reference alone.
+    `output` is the stage's folder. A part's scores depend on the part and the reference alone. `neighbours` is the
+    folder of a finished all-pairs search of the set in itself, whose neighbours are then taken instead of searching.
     """
 
     def __init__(
-        self, features: Mapping[str, str], reference: Mapping[str, str], k: int, metric: str, output: str
+        self,
+        features: Mapping[str, str],
+        reference: Mapping[str, str],
+        k: int,
+        metric: str,
+        output: str,
+        neighbours: str | None = None,
     ) -> None:
         self.features, self.reference = FeatureSet.open(features), FeatureSet.open(reference)
         self.k, self.metric, self.output = k, metric, Path(output)
+        self.found = None if neighbours is None else Neighbours(Path(neighbours), self.features)
 
     def score(self, number: int, broadcast: None) -> dict[str, Any]:
         """Writes the scores and the neighbours of part `number`; returns how many rows it has."""
         part = self.features.parts[number]
-        own_ids = own_reference_ids(self.features, number, self.reference)
-        reference = SetReference(self.reference)
-        distances, ids = exact_knn(self.features.block(number), own_ids, reference, self.k, self.metric)
+        distances, ids = self._search(number) if self.found is None else self.found.block(number)
         write_npy(self.output / "scores" / part.file, distances.mean(axis=1))
         write_npy(self.output / "neighbours" / part.file, ids)
         return {"rows": part.rows}
+
+    def _search(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        own_ids = own_reference_ids(self.features, number, self.reference)
+        return exact_knn(self.features.block(number), own_ids, SetReference(self.reference), self.k, self.metric)
 
 
 def own_reference_ids(features: FeatureSet, number: int, reference: FeatureSet) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""`sslscale anomaly`: kNN anomaly scores of the parts of a feature store.
+"""`sslscale anomaly`: kNN anomaly scores of the parts of a feature store, or those that the objective gave them.
 
 anomaly/<name>/scores/<dataset>/part-00042.npy      fp32 (n,), aligned to the feature part's rows; high: anomalous
-anomaly/<name>/neighbours/<dataset>/part-00042.npy  int64 (n, k), row ids within the reference set, nearest first
+anomaly/<name>/neighbours/<dataset>/part-00042.npy  int64 (n, k), row ids within the reference set, nearest first;
+                                                    none with method=objective, and then `reference` is empty, k null
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from sslscale.anomaly.measures import anomaly_measures
 from sslscale.config import AnomalyConfig, RunConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features
+from sslscale.features.files import open_npy, write_npy
+from sslscale.index.all_pairs import Neighbours, all_pairs
 from sslscale.rundir import RunDir, Stage
 from sslscale.runtime.base import Resources, Runtime
 from sslscale.runtime.progress import Progress
+
+EXACT_ROWS = 2**17  # above it `auto` searches by lists
 
 
 def run_anomaly(
@@ -25,6 +30,8 @@ def run_anomaly(
 ) -> dict[str, Any]:
     """Scores `config.anomaly.datasets` against its reference; continues with the parts that an earlier call left.
 
+    Many rows that are their own reference are searched by `all_pairs`, in RUN/neighbours/<name>; `auto` decides by
+    their number. The exact search takes a time that grows with its square.
     Returns result.json. `reference` lists the datasets that neighbours' row ids count over, in order; measures are
     over all scored rows, and with several datasets `datasets` has each one's own.
     """
@@ -32,20 +39,63 @@ def run_anomaly(
     if settings is None:
         raise UserError("the config has no section 'anomaly'", fix="add one, or leave this stage out")
     features = open_features(run, settings.datasets)
+    if settings.method == "objective":
+        return _take_given(run, settings, features, name, overwrite)
     reference = features if settings.reference is None else open_features(run, settings.reference)
     reference.check_comparable(features)
     check_k(settings.k, reference.num_rows)
+    method = _method(settings, features, reference)
     stage = run.open_stage(
         "anomaly",
         name,
-        {**settings.identity(), "threads": config.runtime.threads},
+        {**settings.identity(), "method": method, "threads": config.runtime.threads},
         {"features": features.identity, "reference": reference.identity},
         overwrite=overwrite,
     )
     if not stage.done:
-        _score_parts(stage, config, settings, runtime, features, reference)
-        stage.finish(_result(stage, settings, features, reference))
+        found = None
+        if method == "all_pairs":
+            found = all_pairs(
+                run,
+                config,
+                runtime,
+                features,
+                k=settings.k,
+                metric=settings.metric,
+                wanted_recall=settings.wanted_recall,
+                name=name,
+                overwrite=overwrite,
+            )
+        _score_parts(stage, config, settings, runtime, features, reference, found)
+        recall = found.result["recall"] if found else 1.0
+        stage.finish({**_result(stage, settings, features, reference), "method": method, "recall": recall})
     return stage.result
+
+
+def _take_given(
+    run: RunDir, settings: AnomalyConfig, features: FeatureSet, name: str, overwrite: bool
+) -> dict[str, Any]:
+    """The scores that the objective gave when the features were embedded."""
+    stage = run.open_stage("anomaly", name, settings.identity(), {"features": features.identity}, overwrite=overwrite)
+    if not stage.done:
+        for part in features.parts:
+            scores = features.column(part.number, "score") if part.rows else np.zeros(0)
+            write_npy(stage.path / "scores" / part.file, scores.astype(np.float32))
+        stage.finish({**_result(stage, settings, features, None), "method": "objective", "recall": None})
+    return stage.result
+
+
+def _method(settings: AnomalyConfig, features: FeatureSet, reference: FeatureSet) -> str:
+    itself = features.identity == reference.identity
+    if settings.method == "auto":
+        return "all_pairs" if itself and features.num_rows > EXACT_ROWS else "exact"
+    if settings.method == "all_pairs" and not itself:
+        raise UserError(
+            "anomaly.method=all_pairs searches the scored datasets in themselves",
+            got=f"anomaly.reference={settings.reference}",
+            fix="leave anomaly.reference out, or set anomaly.method=exact",
+        )
+    return settings.method
 
 
 def _score_parts(
@@ -55,6 +105,7 @@ def _score_parts(
     runtime: Runtime,
     features: FeatureSet,
     reference: FeatureSet,
+    found: Neighbours | None,
 ) -> None:
     setup = {
         "features": features.paths,
@@ -62,6 +113,7 @@ def _score_parts(
         "k": settings.k,
         "metric": settings.metric,
         "output": str(stage.path),
+        "neighbours": None if found is None else str(found.path),
     }
     missing = [part.number for part in features.parts if stage.part_done(str(part.number)) is None]
     if not missing:
@@ -77,13 +129,15 @@ def _score_parts(
             progress.advance(record["rows"])
 
 
-def _result(stage: Stage, settings: AnomalyConfig, features: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
-    scores = np.concatenate([np.load(stage.path / "scores" / part.file) for part in features.parts])
+def _result(
+    stage: Stage, settings: AnomalyConfig, features: FeatureSet, reference: FeatureSet | None
+) -> dict[str, Any]:
+    scores = np.concatenate([open_npy(stage.path / "scores" / part.file) for part in features.parts])
     result: dict[str, Any] = {
         "num_samples": features.num_rows,
-        "num_reference": reference.num_rows,
-        "reference": list(reference.stores),
-        "k": settings.k,
+        "num_reference": reference.num_rows if reference else 0,
+        "reference": list(reference.stores) if reference else [],
+        "k": settings.k if reference else None,
         "metric": settings.metric,
         "mean_score": float(scores.mean()),
         "measures": anomaly_measures(scores, features.labels(), settings.normal_labels),

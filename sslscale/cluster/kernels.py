@@ -9,7 +9,7 @@ depends on its part alone, never on how many workers there are or on which resta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from sslscale.features.distance import prepare
 BLOCK_ROWS = 4096
 TILE_ROWS, TILE_CENTROIDS = 512, 2048  # of the scores that are held at once: they fit the cache
 RANK_STEP = 32
+NEIGHBOURS = 32  # centroids that a row is compared with in full, around the one that its projection finds
 
 
 def blocks(
@@ -46,6 +47,55 @@ def principal_basis(centroids: np.ndarray, energy: float) -> np.ndarray | None:
     held = np.cumsum(values[::-1]) / max(values.sum(), np.finfo(float).tiny)
     rank = -(-(int(np.searchsorted(held, energy)) + 1) // RANK_STEP) * RANK_STEP
     return None if 2 * rank > len(values) else vectors[:, : -rank - 1 : -1].astype(centroids.dtype)
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A way to a row's nearest centroid that compares it with few of the K in full: those around a first guess.
+
+    Of k^2-means (Agustsson, Timofte and Van Gool, 2017, https://arxiv.org/abs/1605.09299) but without memory: the
+    guess is the nearest by projections, not the last iteration's, so that a pass depends on the centroids alone.
+    """
+
+    basis: np.ndarray  # (D, p)
+    near: np.ndarray  # int64 (K, L), each centroid's nearest with itself, ascending
+
+    @classmethod
+    def of(cls, centroids: np.ndarray, energy: float) -> Shortcut | None:
+        """By projections that hold `energy` of the variance of the centroids (K, D); None where they do not pay."""
+        basis = principal_basis(centroids, energy)
+        return None if basis is None else cls(basis, _neighbours(centroids, min(NEIGHBOURS, len(centroids))))
+
+    def labels(
+        self, rows: np.ndarray, metric: str, centroids: np.ndarray, sample: np.ndarray | slice = slice(None)
+    ) -> np.ndarray:
+        """int32 labels of the rows (n, D) at `sample`: all but always the nearest of centroids (K, D)."""
+        find = NearestCentroid(centroids, self.basis)
+        guesses = np.concatenate([find(x) for _, x in blocks(rows, metric, sample)])
+        at = np.arange(len(rows)) if isinstance(sample, slice) else sample
+        mean = centroids.mean(axis=0)
+        centred = centroids - mean
+        half_norms = np.einsum("kd,kd->k", centred, centred) / 2
+        labels = np.empty_like(guesses)
+        order = np.argsort(guesses, kind="stable")
+        starts = np.searchsorted(guesses[order], np.arange(len(centroids) + 1))
+        for guess in np.flatnonzero(np.diff(starts)).tolist():
+            own, candidates = order[starts[guess] : starts[guess + 1]], self.near[guess]
+            x = prepare(rows[at[own]], metric) - mean
+            scores = half_norms[candidates] - x @ centred[candidates].T
+            labels[own] = candidates[scores.argmin(axis=1)]
+        return labels
+
+
+def _neighbours(centroids: np.ndarray, count: int) -> np.ndarray:
+    """The `count` nearest of centroids (K, D) to each of them: int64 (K, count), ascending."""
+    centred = centroids - centroids.mean(axis=0)
+    half_norms = np.einsum("kd,kd->k", centred, centred) / 2
+    near = np.empty((len(centroids), count), dtype=np.int64)
+    for start in range(0, len(centroids), TILE_ROWS):
+        scores = half_norms - centred[start : start + TILE_ROWS] @ centred.T
+        near[start : start + TILE_ROWS] = np.argpartition(scores, count - 1, axis=1)[:, :count]
+    return np.sort(near, axis=1)
 
 
 class NearestCentroid:
@@ -140,7 +190,7 @@ class Pass:
 
     centroids: np.ndarray  # (R, K, D)
     shares: np.ndarray  # (R,), the share of the rows that counts; smaller samples are part of larger ones
-    bases: Sequence[np.ndarray | None]  # R of (D, p): assign by projections, or exactly
+    shortcuts: Sequence[Shortcut | None]  # R: how to assign, or exactly
 
     @classmethod
     def exact(cls, centroids: np.ndarray) -> Pass:
@@ -164,21 +214,32 @@ def accumulate(
         restarts = np.flatnonzero(wanted.shares == share)
         own = None if weights is None else weights[sample]
         dtype = np.result_type(rows.dtype, np.float32)
-        nearest = {
-            restart: NearestCentroid(wanted.centroids[restart].astype(dtype, copy=False), wanted.bases[restart])
-            for restart in restarts.tolist()
-        }
+        find: dict[int, Callable[[slice, np.ndarray], np.ndarray]] = {}
+        for restart in restarts.tolist():
+            centroids = wanted.centroids[restart].astype(dtype, copy=False)
+            find[restart] = _finder(rows, metric, centroids, wanted.shortcuts[restart], sample)
         for here, x in blocks(rows, metric, sample):
             x64 = x.astype(np.float64)
             w = np.ones(len(x)) if own is None else own[here]
             totals.squares[restarts] += float(w @ np.einsum("nd,nd->n", x64, x64))
-            for restart, find in nearest.items():
-                labels = find(x)
+            for restart, nearest in find.items():
+                labels = nearest(here, x)
                 present, at = np.unique(labels, return_inverse=True)  # of many clusters, a block touches few
                 members = csr_matrix((w, (at, np.arange(len(x)))), shape=(len(present), len(x)))
                 totals.sums[restart, present] += members @ x64
                 totals.counts[restart, present] += np.bincount(at, weights=w)
     return totals
+
+
+def _finder(
+    rows: np.ndarray, metric: str, centroids: np.ndarray, shortcut: Shortcut | None, sample: np.ndarray | slice
+) -> Callable[[slice, np.ndarray], np.ndarray]:
+    """Labels of a block (slice, rows) of the sample."""
+    if shortcut is None:
+        find = NearestCentroid(centroids)
+        return lambda here, x: find(x)
+    labels = shortcut.labels(rows, metric, centroids, sample)
+    return lambda here, x: labels[here]
 
 
 @dataclass
@@ -220,7 +281,8 @@ def farthest(
     sample = nested_sample(len(rows), float(wanted.shares[0]), seed)
     own = None if weights is None else weights[sample]
     generator = None if draw is None else np.random.default_rng([draw, *np.atleast_1d(seed)])
-    find = NearestCentroid(wanted.centroids[0].astype(dtype, copy=False), wanted.bases[0])
+    shortcut = wanted.shortcuts[0]
+    find = NearestCentroid(wanted.centroids[0].astype(dtype, copy=False), shortcut.basis if shortcut else None)
     for here, x in blocks(rows, metric, sample):
         labels = find(x)
         w = np.ones(len(x)) if own is None else own[here]

@@ -27,7 +27,7 @@ from sslscale.cluster.seeding import initial_state
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, sample_positions
 from sslscale.features.distance import prepare, to_distance, to_objective
-from sslscale.features.files import write_npy
+from sslscale.features.files import open_npy, write_npy
 from sslscale.runtime.base import Pool
 
 INITS = ("k-means++", "kmeans||", "random")
@@ -178,14 +178,32 @@ class KMeansWorker:
         spans = []
         for part in self.features.parts:
             order, starts = (
-                np.load(self.output / "hierarchy" / f"{name}-{part.number:05d}.npy", mmap_mode="r")
-                for name in ("order", "starts")
+                open_npy(self.output / "hierarchy" / f"{name}-{part.number:05d}.npy") for name in ("order", "starts")
             )
             spans.append((part.number, order[starts[parent] : starts[parent + 1]]))
         limit = hierarchy.sample_limit(num_children)
         x = hierarchy.gather(self.features, spans, self.metric, limit, seed)
         children = hierarchy.split(x, num_children, self.metric, init, max_iterations, tolerance, seed)
         write_npy(self.output / "hierarchy" / f"children-{parent:06d}.npy", children)
+
+    def given(self, part: int, broadcast: None) -> tuple[np.ndarray, np.ndarray]:
+        """Sums (K, D) of the part's rows and their numbers (K,), by the cluster that the objective gives most to."""
+        labels, num_clusters = self._given(part)
+        sums = np.zeros((num_clusters, self.features.dim))
+        np.add.at(sums, labels, prepare(self.features.block(part), self.metric))
+        return sums, np.bincount(labels, minlength=num_clusters)
+
+    def assign_given(self, part: int, centroids: np.ndarray) -> dict[str, Any]:
+        """`assign`, to the clusters that the objective gives; `centroids` (K, D) are their means."""
+        labels, _ = self._given(part)
+        x = prepare(self.features.block(part), self.metric)
+        return self._write(part, labels, squared_distances(x, centroids, labels))
+
+    def _given(self, part: int) -> tuple[np.ndarray, int]:
+        if not self.features.parts[part].rows:
+            return np.zeros(0, dtype=np.int32), 0
+        probs = self.features.column(part, "cluster_probs")
+        return probs.argmax(axis=1).astype(np.int32), probs.shape[1]
 
     def assign(self, part: int, clusters: np.ndarray | hierarchy.Tree) -> dict[str, Any]:
         """Writes the part's assignments and distances for centroids (K, D) or a tree; returns rows and objective."""
@@ -196,6 +214,9 @@ class KMeansWorker:
                 labels[here], squared[here] = own, squared_distances(x, clusters.centroids, own)
         else:
             labels, squared = _assign(rows, self.metric, clusters)
+        return self._write(part, labels, squared)
+
+    def _write(self, part: int, labels: np.ndarray, squared: np.ndarray) -> dict[str, Any]:
         file = self.features.parts[part].file
         write_npy(self.output / "assignments" / file, labels)
         write_npy(self.output / "distances" / file, to_distance(squared, self.metric).astype(np.float32))

@@ -14,33 +14,34 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from sslscale.cluster.kernels import Farthest, Pass, Totals, accumulate, farthest, principal_basis
+from sslscale.cluster.kernels import Farthest, Pass, Shortcut, Totals, accumulate, farthest
 from sslscale.features import sample_positions
 from sslscale.features.distance import prepare
 from sslscale.features.files import replacing
 from sslscale.runtime.base import compute_threads
 
-SAMPLE_PER_CLUSTER = 256  # rows a cluster that a sample has at least, as in faiss
+SAMPLE_PER_CLUSTER = 256  # rows a cluster that initial centroids are chosen from, as in faiss
+FIRST_PER_CLUSTER = 32  # rows a cluster that the first iterations look at
 MIN_SAMPLE = 16384
 CHUNK_ROWS = 65536  # of an array, that one thread adds up at a time
 
 # Below these a full product costs no more than the projection of the rows.
 PROJECTED_CLUSTERS, PROJECTED_DIM = 256, 128
-ENERGIES = (0.85, 0.95)  # of the centroids' variance, that early assignments see
-STEP_TOLERANCE = 0.004  # relative fall of the objective that ends a step of the schedule, but for the last
+ENERGY = 0.85  # of the centroids' variance, that the projections of a shortcut hold
+STEP_TOLERANCE = 0.004  # relative fall of the objective that ends the iterations on a sample
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Step:
-    """How iterations look at the rows: a share of them, by projections that hold `energy`, or exactly (None)."""
+    """How iterations look at the rows: a share of them, exactly or by a shortcut (kernels.Shortcut)."""
 
     share: float
-    energy: float | None
+    exact: bool
 
 
-EXACT = Step(1.0, None)
+EXACT = Step(1.0, exact=True)
 
 
 def schedule(method: str, num_rows: int, dim: int, num_clusters: int) -> list[Step]:
@@ -48,17 +49,16 @@ def schedule(method: str, num_rows: int, dim: int, num_clusters: int) -> list[St
 
     "minibatch" begins on a random sample that doubles once it has taught what it can (nested mini-batches: Newling
     and Fleuret, 2016, https://arxiv.org/abs/1602.02934), and, where clusters and dimensions are many, with
-    assignments by projections. It ends with Lloyd's exact iterations over all rows.
+    assignments by a shortcut. It ends with Lloyd's exact iterations over all rows.
     """
     if method == "lloyd":
         return [EXACT]
-    projected = num_clusters >= PROJECTED_CLUSTERS and dim >= PROJECTED_DIM
-    energies = ENERGIES if projected else ()
-    first = energies[0] if energies else None
     shares = [1.0]
-    while shares[0] / 2 * num_rows >= max(SAMPLE_PER_CLUSTER * num_clusters, MIN_SAMPLE):
+    while shares[0] / 2 * num_rows >= max(FIRST_PER_CLUSTER * num_clusters, MIN_SAMPLE):
         shares.insert(0, shares[0] / 2)
-    return [*(Step(share, first) for share in shares[:-1]), *(Step(1.0, energy) for energy in energies), EXACT]
+    if num_clusters >= PROJECTED_CLUSTERS and dim >= PROJECTED_DIM:
+        return [*(Step(share, exact=False) for share in shares), EXACT]
+    return [Step(share, exact=True) for share in shares]
 
 
 class Rows(Protocol):
@@ -162,9 +162,9 @@ def lloyd(
     """Iterates until every restart has converged in the last step, or has made `max_iterations` updates.
 
     A restart has converged when its objective falls by at most `tolerance` times itself and no cluster is empty that
-    a row could fill. An earlier step ends the same way, at STEP_TOLERANCE; every restart ends with a pass of the last
-    step, so that objectives compare. `checkpoint(state)` is called after every pass; going on from a saved state gives
-    the same bits.
+    a row could fill. An earlier step ends the same way, on a sample at STEP_TOLERANCE; every restart ends with a pass
+    of the last step, so that objectives compare. `checkpoint(state)` is called after every pass; going on from a saved
+    state gives the same bits.
     """
     last = len(steps) - 1
     while state.active.any():
@@ -174,16 +174,19 @@ def lloyd(
         objective = totals.objective(wanted.centroids) / wanted.shares
         for at, restart in enumerate(running):
             before, now = state.objective[restart], objective[at]
-            at_last = state.steps[restart] == last
-            enough = tolerance if at_last else max(tolerance, STEP_TOLERANCE)
+            step = state.steps[restart]
+            at_last = step == last
+            enough = tolerance if steps[step].share == 1 else max(tolerance, STEP_TOLERANCE)
             fell = now > 0 if np.isinf(before) else before - now > enough * before
             state.objective[restart] = now
             spent = state.iterations[restart] >= max_iterations
             going_on = not spent and (_refill_empty(rows, totals, at, wanted) or fell)
             state.active[restart] = going_on or not at_last
             if not going_on and not at_last:
-                state.steps[restart] = last if spent else state.steps[restart] + 1
-                state.objective[restart] = np.inf  # the next step's differs for its own reasons
+                following = last if spent else step + 1
+                if steps[following].share != steps[step].share:
+                    state.objective[restart] = np.inf  # of other rows
+                state.steps[restart] = following
             if state.active[restart] and not spent:
                 own = wanted.centroids[at]
                 state.centroids[restart] = _update(totals.sums[at], totals.counts[at], own, metric)
@@ -194,11 +197,8 @@ def lloyd(
 
 
 def _look(steps: Sequence[Step], centroids: np.ndarray) -> Pass:
-    bases = [
-        None if step.energy is None else principal_basis(own, step.energy)
-        for step, own in zip(steps, centroids, strict=True)
-    ]
-    return Pass(centroids, np.array([step.share for step in steps]), bases)
+    shortcuts = [None if step.exact else Shortcut.of(own, ENERGY) for step, own in zip(steps, centroids, strict=True)]
+    return Pass(centroids, np.array([step.share for step in steps]), shortcuts)
 
 
 def _update(sums: np.ndarray, counts: np.ndarray, before: np.ndarray, metric: str) -> np.ndarray:
@@ -218,9 +218,9 @@ def _refill_empty(rows: Rows, totals: Totals, at: int, wanted: Pass) -> bool:
     if not len(empty):
         return False
     share = wanted.shares[at]
-    if wanted.bases[at] is not None or share < 1:  # far rows of a sample will do while nothing else is exact
+    if wanted.shortcuts[at] is not None or share < 1:  # far rows of a sample will do while nothing else is exact
         share = min(share, MIN_SAMPLE / rows.num_rows)
-    found = rows.farthest(Pass(wanted.centroids[at : at + 1], np.array([share]), [wanted.bases[at]]), len(empty))
+    found = rows.farthest(Pass(wanted.centroids[at : at + 1], np.array([share]), [wanted.shortcuts[at]]), len(empty))
     filled = 0
     for squared, donor, row, weight in zip(found.squared, found.labels, found.rows, found.weights, strict=True):
         if squared > 0 and 0 < weight < counts[donor]:

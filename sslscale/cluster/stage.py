@@ -6,10 +6,10 @@ cluster/<name>/distances/<dataset>/part-00042.npy    fp32, to the own centroid: 
 cluster/<name>/metrics.jsonl                         the objective at every iteration
 cluster/<name>/sweep/<K>.jsonl                       the same, where several numbers of clusters are tried
 
-Of result.json: `schedule`, what the k-means iterations looked at (share of the rows; energy of the projection, null
-where exact); `sweep`, one line a number of clusters (see `sweep.describe`), and `num_clusters` the one chosen by
+Of result.json: `schedule`, what the k-means iterations looked at (share of the rows; whether exactly, or by a
+shortcut); `sweep`, one line a number of clusters (see `sweep.describe`), and `num_clusters` the one chosen by
 `sweep.choose`; `num_parents` and `distances_per_row` of the hierarchical method; `noise`, the rows that hdbscan left
-out, which are assigned to the nearest centroid.
+out, which are assigned to the nearest centroid; `warnings` of clusters that are empty or hold nearly everything.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from sslscale.config import ClusterConfig, RunConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features, sample_positions
 from sslscale.features.distance import prepare, to_distance, to_objective
-from sslscale.features.files import write_npy
+from sslscale.features.files import open_npy, write_npy
 from sslscale.rundir import Metrics, RunDir, Stage, write_atomic
 from sslscale.runtime.base import Pool, Resources, Runtime, compute_threads
 from sslscale.runtime.progress import Progress
+
+SUSPICIOUS_SHARE = 0.9
 
 
 def run_cluster(
@@ -67,9 +69,9 @@ def run_cluster(
             found = _fit_at_once(stage, settings, config.seed, features)
         else:
             with runtime.pool(KMeansWorker, setup, workers, Resources(threads=threads)) as pool:
-                fit = _fit_hierarchy if settings.method == "hierarchical" else _fit_kmeans
+                fit = {"hierarchical": _fit_hierarchy, "objective": _take_given}.get(settings.method, _fit_kmeans)
                 found = fit(stage, settings, numbers, config.seed, pool, features)
-        measures = _measure(stage, settings, config.seed, features, np.load(stage.path / "centroids.npy"))
+        measures = _measure(stage, settings, config.seed, features, open_npy(stage.path / "centroids.npy"))
     return stage.finish({"num_samples": features.num_rows, **found, **measures})
 
 
@@ -153,7 +155,7 @@ def _fit_hierarchy(
         broadcast = (settings.init, settings.max_iterations, settings.tolerance, seed)
         for _ in pool.map("split", missing, broadcast):
             progress.advance()
-    centroids = np.concatenate([np.load(file) for file in files.values()])
+    centroids = np.concatenate([open_npy(file) for file in files.values()])
     tree = Tree(parents, centroids, np.concatenate([[0], np.cumsum(counts)]))
     candidates = [len(tree.candidates(parent)) for parent in range(len(parents))]
     write_npy(stage.path / "centroids.npy", centroids)
@@ -164,6 +166,26 @@ def _fit_hierarchy(
         "num_parents": len(parents),
         "distances_per_row": len(parents) + float(sizes @ candidates / sizes.sum()),
     }
+
+
+def _take_given(
+    stage: Stage, settings: ClusterConfig, numbers: list[int], seed: int, pool: Pool, features: FeatureSet
+) -> dict[str, Any]:
+    """The clusters that the objective gave when the features were embedded; a centroid is its rows' mean."""
+    parts = [part.number for part in features.parts if part.rows]
+    totals = sorted(pool.map("given", parts), key=lambda found: found[0])
+    sums, sizes = (sum(part[at] for _, part in totals) for at in (0, 1))
+    centroids = (sums / np.maximum(sizes, 1)[:, None]).astype(np.float32)
+    write_npy(stage.path / "centroids.npy", centroids)
+    objective = _assign_parts(stage, pool, features, centroids, "assign_given")
+    return {"num_clusters": len(centroids), "objective": objective, "iterations": 0}
+
+
+def _warnings(sizes: np.ndarray) -> list[str]:
+    """What is suspicious about clusters of these sizes (K,)."""
+    empty, share = int((sizes == 0).sum()), sizes.max() / sizes.sum()
+    found = [f"{empty} of {len(sizes)} clusters are empty"] if empty else []
+    return found + ([f"one cluster holds {share:.1%} of the samples"] if share > SUSPICIOUS_SHARE else [])
 
 
 def _sweep_line(
@@ -216,12 +238,14 @@ def _fit(
         )
 
 
-def _assign_parts(stage: Stage, pool: Pool, features: FeatureSet, clusters: np.ndarray | Tree) -> float:
+def _assign_parts(
+    stage: Stage, pool: Pool, features: FeatureSet, clusters: np.ndarray | Tree, method: str = "assign"
+) -> float:
     """Assigns the parts that are not yet, and returns the objective over all, added in their order."""
     missing = [part.number for part in features.parts if stage.part_done(str(part.number)) is None]
     with Progress("assign", total=features.num_rows, unit="rows") as progress:
         progress.start_at(features.num_rows - sum(features.parts[number].rows for number in missing))
-        for index, record in pool.map("assign", missing, clusters):
+        for index, record in pool.map(method, missing, clusters):
             stage.finish_part(str(missing[index]), record)
             progress.advance(record["rows"])
     records = [stage.part_done(str(part.number)) for part in features.parts]
@@ -232,8 +256,8 @@ def _measure(
     stage: Stage, settings: ClusterConfig, seed: int, features: FeatureSet, centroids: np.ndarray
 ) -> dict[str, Any]:
     files = [part.file for part in features.parts]
-    assignments = np.concatenate([np.load(stage.path / "assignments" / file) for file in files])
-    distances = np.concatenate([np.load(stage.path / "distances" / file) for file in files])
+    assignments = np.concatenate([open_npy(stage.path / "assignments" / file) for file in files])
+    distances = np.concatenate([open_npy(stage.path / "distances" / file) for file in files])
     sizes = np.bincount(assignments, minlength=len(centroids))
     at = sample_positions(features.num_rows, settings.silhouette_samples, seed)
     # between unit vectors the Euclidean distance is sqrt(2 (1 - cosine))
@@ -244,7 +268,7 @@ def _measure(
         "davies_bouldin": davies_bouldin(centroids, assignments, euclidean),
         "imbalance": imbalance(sizes),
     }
-    result: dict[str, Any] = {"measures": measures, "sizes": sizes.tolist()}
+    result: dict[str, Any] = {"measures": measures, "sizes": sizes.tolist(), "warnings": _warnings(sizes)}
     if len(features.stores) > 1:
         result["datasets"] = {
             name: {

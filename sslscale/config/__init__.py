@@ -1,12 +1,14 @@
 """Configuration: `load_config` and the models of every stage."""
 
+from sslscale.config.backbones import AnyBackboneConfig, BackboneConfig, FramesConfig, TextConfig, VideoMAEConfig
+from sslscale.config.base import StageConfig
 from sslscale.config.load import dump_config, load_config, validate
 from sslscale.config.models import (
     AnomalyConfig,
     AugmentConfig,
-    BackboneConfig,
     ClusterConfig,
     CollapseConfig,
+    DedupConfig,
     EmbedConfig,
     IndexConfig,
     OptimizerConfig,
@@ -16,16 +18,19 @@ from sslscale.config.models import (
     ReportConfig,
     RunConfig,
     RuntimeConfig,
-    StageConfig,
+    StorageConfig,
 )
 
 __all__ = [
     "AnomalyConfig",
+    "AnyBackboneConfig",
     "AugmentConfig",
     "BackboneConfig",
     "ClusterConfig",
     "CollapseConfig",
+    "DedupConfig",
     "EmbedConfig",
+    "FramesConfig",
     "IndexConfig",
     "OptimizerConfig",
     "PackConfig",
@@ -35,6 +40,9 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "StageConfig",
+    "StorageConfig",
+    "TextConfig",
+    "VideoMAEConfig",
     "dump_config",
     "load_config",
     "validate",

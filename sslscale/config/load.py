@@ -8,7 +8,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from sslscale.config.models import RunConfig, StageConfig
+from sslscale.config.backbones import BACKBONES
+from sslscale.config.base import StageConfig
+from sslscale.config.models import RunConfig
 from sslscale.errors import UserError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -17,7 +19,9 @@ Model = TypeVar("Model", bound=BaseModel)
 def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads `path` (YAML), applies `overrides` (`pretrain.epochs=3`) and validates.
 
-    Raises UserError for a missing file, YAML that does not parse, an unknown key or a value of the wrong type.
+    A file may name another as its `base` (relative to itself): its settings replace those of the base, each setting of
+    a section as a whole. Raises UserError for a missing file, YAML that does not parse, an unknown key or a value of
+    the wrong type.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -26,12 +30,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunCo
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
             raise UserError("an override has the form section.key=value", got=override)
-    if path is not None and not Path(path).is_file():
-        raise UserError("there is no such config file", got=path, fix="give the path of a YAML file with -c")
     try:
-        loaded = OmegaConf.create({}) if path is None else OmegaConf.create(Path(path).read_text())
-        if not OmegaConf.is_dict(loaded):
-            raise UserError("a config file holds a mapping of sections", got=path)
+        loaded = OmegaConf.create({} if path is None else _read(Path(path)))
         for override in overrides:
             key = override.partition("=")[0]
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
@@ -41,6 +41,28 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> RunCo
         raise UserError("the config does not parse", got=" ".join(str(error).split())) from error
     assert isinstance(plain, dict)
     return _absolute(validate(RunConfig, plain))
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The sections of a file, laid over those of its base. `below` are the files whose base this one is."""
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        given_by = f", the base of {below[-1]}" if below else ""
+        raise UserError("there is no such config file", got=f"{path}{given_by}", fix="give the path of a YAML file")
+    if path.resolve() in below:
+        raise UserError("config files are each other's base", got=" -> ".join(map(str, [*below, path])))
+    loaded = OmegaConf.create(path.read_text())
+    if not OmegaConf.is_dict(loaded):
+        raise UserError("a config file holds a mapping of sections", got=str(path))
+    sections: dict[str, Any] = OmegaConf.to_container(loaded)  # type: ignore[assignment]
+    if (base := sections.pop("base", None)) is None:
+        return sections
+    merged = _read(path.parent / str(base), (*below, path.resolve()))
+    for name, section in sections.items():
+        under = merged.get(name)
+        merged[name] = {**under, **section} if isinstance(under, dict) and isinstance(section, dict) else section
+    return merged
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -76,7 +98,7 @@ def validate(model: type[Model], values: dict[Any, Any], prefix: str = "") -> Mo
 
 def _explain(model: type[BaseModel], complaint: Any, prefix: str) -> UserError:
     location = [str(part) for part in complaint["loc"]]
-    key = ".".join(filter(None, [prefix, *location]))
+    key = ".".join(part for part in [prefix, *location] if part and not part.startswith("="))
     if complaint["type"] == "extra_forbidden":
         fields = sorted(_section(model, location[:-1]).model_fields)
         return UserError(
@@ -95,13 +117,13 @@ def _explain(model: type[BaseModel], complaint: Any, prefix: str) -> UserError:
 def _section(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
     """The model that holds the key at `location`, through optional sections."""
     for part in location:
+        if part.startswith("="):  # a tag: which of several backbones it is
+            return BACKBONES[part.removeprefix("=")]
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         candidates = [
             c for c in (annotation, *get_args(annotation)) if isinstance(c, type) and issubclass(c, BaseModel)
         ]
-        if not candidates:
-            return model
-        model = candidates[0]
+        model = candidates[0] if candidates else model
     return model
 
 

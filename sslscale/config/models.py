@@ -8,27 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-not_identity = Field(json_schema_extra={"identity": False})
+from sslscale.config.backbones import AnyBackboneConfig, BackboneConfig
+from sslscale.config.base import Fraction, Positive, StageConfig, not_identity
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class StageConfig(BaseModel):
-    """Base of every section: unknown keys are refused, and `identity()` names what a result depends on."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that a result depends on, as plain JSON values."""
-        skipped = {
-            name
-            for name, field in type(self).model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("identity") is False
-        }
-        return self.model_dump(mode="json", exclude=skipped)
+# A tag names the branch that an error is about: the empty one is the setting itself.
+Ranks = Annotated[
+    Annotated[Positive, Tag("")] | Annotated[tuple[Positive, Positive], Tag("range")],
+    Discriminator(lambda value: "range" if isinstance(value, list | tuple) else ""),
+]
 
 
 class RuntimeConfig(StageConfig):
@@ -41,29 +30,25 @@ class RuntimeConfig(StageConfig):
     max_retries: int = Field(3, ge=0, description="how often an item is tried again when its worker is lost")
 
 
+class StorageConfig(StageConfig):
+    """Copies of remote shards, on every machine."""
+
+    cache: str | None = Field(None, description="their folder, the same on every machine; none: in the run directory")
+    cache_gb: float = Field(50.0, gt=0.0, description="above it the copies used longest ago are deleted")
+
+
 class PackConfig(StageConfig):
     """Writes a source's samples into tar shards."""
 
     source: str
     path: str | None = Field(None, description="where the source's own files are, for the sources that need it")
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the source, by name")
     output: Annotated[str, not_identity] = Field(description="folder of the shards: one sub-folder a split")
     samples_per_shard: Positive = 4096
     format: Literal["png", "jpeg"] = "png"
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 95
     limit: int | None = Field(None, ge=1, description="at most so many samples a split")
     workers: Annotated[int, not_identity] = Field(2, ge=1)
-
-
-class BackboneConfig(StageConfig):
-    """A timm model by name and arguments, randomly initialised."""
-
-    library: Literal["timm"] = "timm"
-    architecture: str = "resnet18"
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of timm.create_model")
-    stem: Literal["default", "small"] = Field("default", description="small: 3x3 stride-1 first conv and no pool")
-    channels: Literal[1, 3] = 3
-    mean: list[float] = Field(default_factory=lambda: [0.5])
-    std: list[float] = Field(default_factory=lambda: [0.5])
 
 
 class AugmentConfig(StageConfig):
@@ -129,9 +114,9 @@ class PretrainConfig(StageConfig):
     objective: dict[str, Any] = Field(
         default_factory=lambda: {"name": "simclr"}, description="name, or module:Class, and the objective's settings"
     )
-    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    backbone: AnyBackboneConfig = Field(default_factory=BackboneConfig)
     init_from: Annotated[str | None, not_identity] = Field(
-        None, description="first weights: a run, a backbone/ folder, a file of timm's weights (named by their hash)"
+        None, description="first weights: a run, a backbone/ folder, a file of weights (named by their hash)"
     )
     freeze_backbone: bool = Field(False, description="train the heads only, on the backbone of init_from")
     views: AugmentConfig = Field(default_factory=AugmentConfig)
@@ -147,18 +132,40 @@ class PretrainConfig(StageConfig):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    activation_checkpointing: Annotated[bool, not_identity] = Field(
+        False, description="keep the inputs of the backbone's blocks only, and compute the rest again in the backward"
+    )
+    offload_optimizer: Annotated[Literal["none", "cpu"], not_identity] = Field(
+        "none", description="cpu: the optimizer's state lies, and steps, in the host's memory"
+    )
     threads: Positive = Field(1, description="threads a rank computes with")
-    num_workers: Annotated[int, not_identity] = Field(2, ge=1, description="ranks (the world size)")
+    num_workers: Annotated[Ranks, not_identity] = Field(
+        2, description="ranks (the world size); [least, most]: as many as the cluster has room for"
+    )
     device: Annotated[Literal["auto", "cpu", "cuda"], not_identity] = "auto"
     decode_threads: Annotated[int, not_identity] = Field(1, ge=1)
     prefetch: Annotated[int, not_identity] = Field(2, ge=1, description="batches read ahead")
     log_every: Annotated[int, not_identity] = Field(10, ge=1)
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     evaluate_samples: Positive = 1024
+    held_out: str | None = Field(
+        None, description="dataset whose samples measure, and choose between, clusterings; none: the training set's"
+    )
     checkpoint_every: Annotated[int, not_identity] = Field(200, ge=1)
-    keep_checkpoints: Annotated[int, not_identity] = Field(2, ge=1)
+    keep_checkpoints: Annotated[int, not_identity] = Field(2, ge=1, description="the newest ones")
+    keep_every: Annotated[int, not_identity] = Field(
+        0, ge=0, description="checkpoints at multiples of so many steps are made and kept for ever; 0: none"
+    )
     max_bad_steps: int = Field(5, ge=1, description="non-finite steps in a row before the run stops")
-    max_restarts: Annotated[int, not_identity] = Field(2, ge=0, description="restarts of the group after a lost rank")
+    max_restarts: Annotated[int, not_identity] = Field(
+        2, ge=0, description="restarts of the group after a lost rank, in a row without a new checkpoint"
+    )
+    collective_timeout_s: Annotated[float, not_identity] = Field(
+        1800.0, gt=0.0, description="a rank that takes longer for a step, an evaluation or a save is lost"
+    )
+    trace_samples: Annotated[bool, not_identity] = Field(
+        False, description="write the keys of every global batch to pretrain/samples.jsonl"
+    )
     max_failed_share: Fraction = 0.01
     probe: ProbeConfig | None = None
     collapse: Annotated[CollapseConfig | None, not_identity] = Field(default_factory=CollapseConfig)
@@ -171,9 +178,17 @@ class PretrainConfig(StageConfig):
             raise ValueError("freeze_backbone needs init_from: the backbone would stay at random weights")
         if self.global_batch % self.num_streams:
             raise ValueError(f"num_streams ({self.num_streams}) must divide global_batch ({self.global_batch})")
-        if self.num_streams % self.num_workers:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if not self.world_sizes:
             raise ValueError(f"num_workers ({self.num_workers}) must divide num_streams ({self.num_streams})")
         return self
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """The numbers of ranks that a run may have, ascending: what `num_workers` allows and divides `num_streams`."""
+        least, most = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+        return [size for size in range(least, most + 1) if self.num_streams % size == 0]
 
 
 class EmbedConfig(StageConfig):
@@ -181,14 +196,28 @@ class EmbedConfig(StageConfig):
 
     datasets: list[str] = Field(default_factory=lambda: ["train"], min_length=1)
     backbone: str = Field(
-        "pretrain", description="pretrain (this run's), a backbone/ folder, pixels, hog or module:Class"
+        "pretrain",
+        description="pretrain (this run's), a backbone/ folder, a folder of transformers or sentence-transformers, "
+        "timm:NAME, a TorchScript file (.pt, .ts), pixels, hog, mean_frame or module:Class",
     )
+    output: str = Field(
+        "pooled",
+        pattern=r"^(pooled|cls|tokens_mean|layer:[1-9][0-9]*)$",
+        description="pooled, cls, tokens_mean, or layer:K for the mean over positions after block or stage K",
+    )
+    pca: int | None = Field(None, ge=1, description="dimensions kept by a PCA; none: no projection")
+    pca_rows: Positive = Field(8192, description="samples of the first dataset that the PCA is fitted on")
     part_rows: Positive = Field(2**18, description="target rows of a part")
     batch_size: Positive = 256
     dtype: Literal["fp16", "fp32"] = "fp16"
     normalize: bool = Field(True, description="L2-normalise the features")
-    size: int | None = Field(None, ge=1, description="side of the images; none: the backbone's input size")
-    decode_threads: Annotated[int, not_identity] = Field(1, ge=1)
+    size: int | None = Field(
+        None, ge=1, description="side of the images, or the most tokens of a text; none: the backbone's input size"
+    )
+    channels: Literal[1, 3] | None = Field(None, description="of the images, where neither backbone nor pretrain say")
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    compile: bool = Field(False, description="torch.compile the backbone")
+    decode_threads: Annotated[int, not_identity] = Field(1, ge=0, description="beside the backbone; 0: in its thread")
     device: Annotated[Literal["auto", "cpu", "cuda"], not_identity] = "auto"
     max_failed_share: Fraction = 0.01
 
@@ -199,12 +228,18 @@ class IndexConfig(StageConfig):
     datasets: list[str] | None = Field(None, description="none: every embedded dataset")
     factory: str = Field("auto", description="auto, or any faiss factory string")
     metric: Literal["l2", "cosine"] = "cosine"
-    nprobe: int | None = Field(None, ge=1)
-    train_rows: Positive = Field(1_000_000, description="rows that the index is trained on, at most")
+    layout: Literal["merged", "on_disk", "sharded"] = Field(
+        "merged", description="one index; one that is built and searched from disk; or one a shard, for many workers"
+    )
+    memory_gb: float | None = Field(None, gt=0, description="memory that the index may take; on disk: to be built in")
+    wanted_recall: float = Field(0.95, gt=0, lt=1, description="recall@10 that the search effort is raised to reach")
+    nprobe: int | None = Field(None, ge=1, description="instead of the least that reaches wanted_recall")
+    train_rows: int | None = Field(None, ge=1, description="rows that the index is trained on; none: 64 a list")
+    shard_rows: Positive = Field(2**20, description="rows that a worker indexes at a time; sharded: of a shard")
     recall_queries: Positive = Field(1000, description="queries that recall@10 is measured on")
+    device: Annotated[Literal["auto", "cpu", "cuda"], not_identity] = Field("auto", description="of the training")
 
 
-# A tag names the branch that an error is about: the empty one is the setting itself.
 OneOrSeveral = Annotated[
     Annotated[Positive, Tag("")] | Annotated[list[Positive], Field(min_length=2), Tag("several")],
     Discriminator(lambda value: "several" if isinstance(value, list) else ""),
@@ -218,11 +253,11 @@ class ClusterConfig(StageConfig):
     num_clusters: OneOrSeveral = Field(10, description="several: each is fitted and measured, and the best kept")
     metric: Literal["l2", "cosine"] = "l2"
     init: Literal["k-means++", "kmeans||", "random"] = "k-means++"
-    method: Literal["lloyd", "minibatch", "hierarchical", "hdbscan", "gmm", "spectral", "ward"] = Field(
+    method: Literal["lloyd", "minibatch", "hierarchical", "hdbscan", "gmm", "spectral", "ward", "objective"] = Field(
         "minibatch",
         description="k-means: minibatch (early iterations on growing samples and by projections) or lloyd (all exact), "
-        "or hierarchical (two levels, for very many clusters); "
-        "or scikit-learn's, where the samples are few",
+        "or hierarchical (two levels, for very many clusters); scikit-learn's, where the samples are few; "
+        "or objective: the clusters that the pretraining objective gives, as many as it has",
     )
     num_init: Positive = Field(5, description="restarts; the lowest objective wins")
     max_iterations: Positive = 50
@@ -245,13 +280,34 @@ class ReduceConfig(StageConfig):
 
 
 class AnomalyConfig(StageConfig):
-    """kNN anomaly scores: the mean distance to the k nearest reference rows."""
+    """Anomaly scores: the mean distance to the k nearest reference rows, or the pretraining objective's own."""
 
     datasets: list[str] | None = Field(None, description="datasets that are scored; none: all embedded")
     reference: list[str] | None = Field(None, description="datasets that are the normal data; none: the scored ones")
     k: Positive = 10
     metric: Literal["l2", "cosine"] = "cosine"
+    method: Literal["auto", "exact", "all_pairs", "objective"] = Field(
+        "auto",
+        description="all_pairs searches the scored rows in themselves, approximately; auto: where they are many; "
+        "objective: the scores that the pretraining objective gives",
+    )
+    wanted_recall: Fraction = Field(0.95, description="share of the exact neighbours that all_pairs finds")
     normal_labels: list[int] | None = Field(None, description="labels that count as normal, for AUROC only")
+
+
+class DedupConfig(StageConfig):
+    """Duplicates: the same bytes, and the same picture encoded again."""
+
+    datasets: list[str] | None = Field(None, description="none: all of the config's")
+    features: Literal["thumbnails", "embedded"] = Field(
+        "thumbnails", description="what pairs are found by: small grey images, made here, or the features of embed"
+    )
+    threshold: float | None = Field(
+        None, gt=0.0, le=1.0, description="cosine similarity of a pair; none: pairs are compared as pictures"
+    )
+    k: Positive = Field(10, description="neighbours of each sample that are looked at")
+    wanted_recall: Fraction = Field(0.99, description="share of the exact neighbours that are found")
+    size: Positive = Field(16, description="side of a thumbnail")
 
 
 class ReportConfig(StageConfig):
@@ -272,6 +328,7 @@ class RunConfig(StageConfig):
     datasets: dict[str, str] = Field(default_factory=dict, description="name -> shards: a folder, file or brace range")
     limit: int | None = Field(None, ge=1, description="use at most so many samples of a dataset")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    storage: Annotated[StorageConfig, not_identity] = Field(default_factory=StorageConfig)
     pack: PackConfig | None = None
     pretrain: PretrainConfig | None = None
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
@@ -279,6 +336,7 @@ class RunConfig(StageConfig):
     cluster: ClusterConfig | None = Field(default_factory=ClusterConfig)
     anomaly: AnomalyConfig | None = Field(default_factory=AnomalyConfig)
     reduce: ReduceConfig | None = None
+    dedup: DedupConfig | None = None
     report: ReportConfig | None = Field(default_factory=ReportConfig)
     baselines: list[str] = Field(
         default_factory=list, description="backbones (pixels, hog) to cluster with the same code"

@@ -2,139 +2,189 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
 from sslscale.features.store import DTYPES, FeatureStore
 from sslscale.models.load import EmbedderSpec
-from sslscale.shards.dataset import open_shards
-from sslscale.shards.decode import DecodeError, decode_image, label_of
+from sslscale.objectives.export import load_objective
+from sslscale.runtime.allocator import keep_freed_memory
+from sslscale.shards.dataset import ShardSet
+from sslscale.shards.decode import DecodeError, label_of
 from sslscale.shards.plan import Span
 from sslscale.shards.stream import Failure, Sample, Ticket, draw_spans
-from sslscale.views.image import to_float
+from sslscale.views.base import as_input
 
-_CHUNK = 32  # samples a decoding task: large enough to hide the cost of a task, small enough to keep threads busy
+_LARGEST_TASK = 32  # samples decoded together: enough to hide the cost of a task
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    sample: Sample
-    image: np.ndarray
+class _Row(NamedTuple):
+    """What the part's table says of a sample."""
+
+    key: str
+    shard: int
+    record: int
     label: int | None
+    sha256: bytes
 
 
 class EmbedWorker:
-    """Holds the backbone; every part is computed in batches of one fixed shape, so it never depends on a neighbour."""
+    """Holds the backbone; every part is computed in batches of one fixed shape, so it never depends on a neighbour.
+
+    `objective` is an exported objective, whose further outputs become columns of the part's table.
+    `decode_threads` read and decode ahead of the backbone; with 0 it waits for them. `autocast` is "none" or one of
+    AUTOCAST.
+    """
 
     def __init__(
         self,
         *,
         store: str,
-        shards: str,
-        cache: str,
+        shards: ShardSet,
         spec: EmbedderSpec,
+        objective: str | None = None,
         batch_size: int,
         dtype: str,
         normalize: bool,
         decode_threads: int,
         device: str,
+        autocast: str = "none",
+        compile: bool = False,
     ) -> None:
-        self.shards = open_shards(shards, cache=Path(cache))  # a limit is in the spans already
-        self.spec, self.batch_size, self.decode_threads = spec, batch_size, decode_threads
-        self.device = torch.device(device)
+        self.shards, self.spec, self.batch_size, self.decode_threads = shards, spec, batch_size, decode_threads
+        self.device, self.autocast = torch.device(device), AUTOCAST.get(autocast)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.backbone = spec.build().to(self.device)
+        self.reader = spec.reader(self.backbone)
+        self.objective = None if objective is None else load_objective(Path(objective)).to(self.device)
+        if compile:
+            self.backbone.compile()
         self.store = FeatureStore.create(
             store, dim=self.backbone.feature_dim, dtype=dtype, normalized=normalize, backbone=spec.sha256
         )
 
-    def embed(self, item: tuple[int, list[Span]], broadcast: Any = None) -> dict[str, Any]:
+    def embed(self, item: tuple[int, list[Span]], broadcast: None = None) -> dict[str, Any]:
         """Writes part `item[0]` from the spans `item[1]`; returns its record, with `failures` (key, reason)."""
         part, spans = item
         failures: list[dict[str, Any]] = []
-        rows: list[np.ndarray] = []
-        kept: list[_Decoded] = []
-        with ThreadPoolExecutor(self.decode_threads) as pool:
-            for batch in self._batches(self._decoded(spans, pool, failures)):
-                features = self._forward([item.image for item in batch])
-                finite = np.isfinite(features).all(axis=1)
-                for decoded, ok in zip(batch, finite, strict=True):
-                    if ok:
-                        kept.append(decoded)
-                    else:
-                        failures.append({"key": decoded.sample.key, "reason": "the backbone gave a non-finite feature"})
-                rows.append(features[finite])
-        record = self._write(part, rows, kept)
+        features, further, rows = self._features(spans, failures)
+        record = self._write(part, features, further, rows)
         return {**record, "samples_in": sum(map(len, spans)), "failures": failures}
 
-    def _decoded(
-        self, spans: list[Span], pool: ThreadPoolExecutor, failures: list[dict[str, Any]]
-    ) -> Iterator[_Decoded]:
-        """Samples in plan order, read and decoded ahead of the backbone; what cannot be goes to `failures`."""
+    def sample(self, spans: list[Span], broadcast: None = None) -> np.ndarray:
+        """The features of the spans' samples, (n, D), those that fail left out; nothing is written."""
+        return self._features(spans, [])[0]
+
+    def _features(
+        self, spans: list[Span], failures: list[dict[str, Any]]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], list[_Row]]:
+        """Features (n, D), further outputs (n, ...) and rows of the samples that gave them, in the plan's order."""
+        made = [np.zeros((0, self.backbone.feature_dim), DTYPES[self.store.dtype])]
+        further: dict[str, list[np.ndarray]] = {}
+        kept: list[_Row] = []
+        for batch in _batches(self._decoded(spans, failures), self.batch_size):
+            outputs = self._forward([array for array, _ in batch])
+            finite = np.all([np.isfinite(v).reshape(len(batch), -1).all(axis=1) for v in outputs.values()], axis=0)
+            made.append(outputs.pop("features")[finite])
+            for name, values in outputs.items():
+                further.setdefault(name, []).append(values[finite])
+            kept += [row for (_, row), ok in zip(batch, finite, strict=True) if ok]
+            failures += [
+                {"key": row.key, "reason": "the backbone gave a non-finite feature"}
+                for (_, row), ok in zip(batch, finite, strict=True)
+                if not ok
+            ]
+        return np.concatenate(made), {name: np.concatenate(values) for name, values in further.items()}, kept
+
+    def _decoded(self, spans: list[Span], failures: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, _Row]]:
+        """Arrays and rows of the samples in the order of the plan; what cannot be used goes to `failures`."""
         tickets = draw_spans(self.shards, spans)
-        ahead = self.batch_size // _CHUNK + 2 * self.decode_threads
-        pending: deque[Future[list[_Decoded | Failure]]] = deque()
-        while True:
-            while len(pending) < ahead and (chunk := list(itertools.islice(tickets, _CHUNK))):
-                pending.append(pool.submit(self._decode, chunk))
-            if not pending:
-                return
-            for item in pending.popleft().result():
+        threads = self.decode_threads
+        size = min(_LARGEST_TASK, max(1, self.batch_size // (4 * max(1, threads))))
+        tasks = iter(lambda: list(itertools.islice(tickets, size)), [])
+        with ThreadPoolExecutor(threads) if threads else contextlib.nullcontext() as pool:
+            ahead = self.batch_size // size + 2 * threads
+            results = _ahead(pool, self._decode, tasks, ahead) if pool else map(self._decode, tasks)
+            for item in itertools.chain.from_iterable(results):
                 if isinstance(item, Failure):
                     shard = self.shards.shards[item.shard].name
                     failures.append({"key": item.key, "shard": shard, "record": item.record, "reason": item.reason})
                 else:
                     yield item
 
-    def _decode(self, tickets: list[Ticket]) -> list[_Decoded | Failure]:
-        decoded: list[_Decoded | Failure] = []
-        for ticket in tickets:
-            sample = ticket.read()
-            try:
-                if isinstance(sample, Sample):
-                    image = decode_image(sample.data, self.spec.channels, self.spec.size)
-                    decoded.append(_Decoded(sample, image, label_of(sample.data)))
-                else:
-                    decoded.append(sample)
-            except DecodeError as error:
-                decoded.append(ticket.failure(error.reason))
-        return decoded
+    def _decode(self, tickets: list[Ticket]) -> list[tuple[np.ndarray, _Row] | Failure]:
+        return [self._decode_one(ticket) for ticket in tickets]
 
-    def _batches(self, items: Iterator[_Decoded]) -> Iterator[list[_Decoded]]:
-        batch: list[_Decoded] = []
-        for item in items:
-            batch.append(item)
-            if len(batch) == self.batch_size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+    def _decode_one(self, ticket: Ticket) -> tuple[np.ndarray, _Row] | Failure:
+        sample = ticket.read()
+        if not isinstance(sample, Sample):
+            return sample
+        try:
+            array = self.reader.read(sample.data)
+            label = label_of(sample.data)
+        except DecodeError as error:
+            return ticket.failure(error.reason)
+        return array, _Row(sample.key, sample.shard, sample.record, label, self.reader.content_hash(sample.data))
 
-    @torch.no_grad()
-    def _forward(self, images: list[Any]) -> np.ndarray:
-        """(n, D) features of n <= batch_size images; the last batch of a part is padded to the fixed shape."""
-        stacked = np.zeros((self.batch_size, *images[0].shape), np.uint8)
-        np.stack(images, out=stacked[: len(images)])
-        features = self.backbone(to_float(torch.from_numpy(stacked).to(self.device))).float()
+    @torch.inference_mode()
+    def _forward(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """`features` (n, D) of n <= batch_size samples in the store's dtype, and the objective's further outputs, fp32.
+
+        The last batch of a part is padded to the fixed shape.
+        """
+        pinned = self.device.type == "cuda"
+        batch = self.reader.collate(arrays, self.batch_size, pinned).to(self.device, non_blocking=pinned)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            x = as_input(batch)
+            outputs = self.objective.outputs(x) if self.objective is not None else {}
+            if not (outputs and self.spec.as_trained):
+                outputs["features"] = self.backbone(x)
         if self.store.normalized:
-            features = F.normalize(features, dim=1)
-        return features[: len(images)].cpu().numpy().astype(DTYPES[self.store.dtype])
+            outputs["features"] = F.normalize(outputs["features"].float(), dim=1)
+        found = {name: values[: len(arrays)].float().cpu().numpy() for name, values in outputs.items()}
+        return {**found, "features": found["features"].astype(DTYPES[self.store.dtype])}
 
-    def _write(self, part: int, rows: list[np.ndarray], kept: list[_Decoded]) -> dict[str, Any]:
-        labels = [item.label for item in kept]
+    def _write(
+        self, part: int, features: np.ndarray, further: dict[str, np.ndarray], rows: list[_Row]
+    ) -> dict[str, Any]:
+        labels = [row.label for row in rows]
         return self.store.write_part(
             part,
-            np.concatenate(rows) if rows else np.zeros((0, self.store.dim), DTYPES[self.store.dtype]),
-            keys=[item.sample.key for item in kept],
-            shards=[self.shards.shards[item.sample.shard].name for item in kept],
-            offsets=[item.sample.record for item in kept],
+            features,
+            keys=[row.key for row in rows],
+            shards=[self.shards.shards[row.shard].name for row in rows],
+            offsets=[row.record for row in rows],
             labels=labels if any(label is not None for label in labels) else None,
+            metadata={"sha256": pa.array([row.sha256 for row in rows], pa.binary(32)), **further},
         )
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    source = iter(items)
+    return iter(lambda: list(itertools.islice(source, size)), [])
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterator[Item], depth: int
+) -> Iterator[Result]:
+    """`map` over the threads of a pool, in order, at most `depth` items ahead of who takes the results."""
+    pending: deque[Future[Result]] = deque(pool.submit(function, item) for item in itertools.islice(items, depth))
+    while pending:
+        result = pending.popleft().result()
+        pending.extend(pool.submit(function, item) for item in itertools.islice(items, 1))
+        yield result

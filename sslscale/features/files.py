@@ -1,4 +1,4 @@
-"""Large files that appear whole or not at all."""
+"""Large files that appear whole or not at all, here and on the store of a run that lies at a URL."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+from sslscale import storage
 
 
 @contextlib.contextmanager
@@ -22,9 +24,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    storage.publish(path)
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
     """`np.save`, atomically and C-contiguous, so that the file can be memory-mapped."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def open_npy(path: Path) -> np.ndarray:
+    """The array of a file, memory-mapped read-only."""
+    return np.load(storage.bring(path), mmap_mode="r", allow_pickle=False)

@@ -65,6 +65,11 @@ class FeatureSet:
         return self._first.backbone
 
     @property
+    def dtype(self) -> np.dtype:
+        """What holds the rows of every store: the widest stored dtype."""
+        return np.result_type(*(DTYPES[store.dtype] for store in self.stores.values()))
+
+    @property
     def num_rows(self) -> int:
         return int(self._starts[-1])
 
@@ -100,6 +105,11 @@ class FeatureSet:
         part = self.parts[number]
         return self.stores[part.dataset].open_block(part.part, start, stop)
 
+    def column(self, number: int, name: str) -> np.ndarray:
+        """A further output of part `number`, (n,) or (n, m); UserError where its features were made without one."""
+        part = self.parts[number]
+        return self.stores[part.dataset].part_column(part.part, name)
+
     def labels(self, dataset: str | None = None) -> np.ndarray | None:
         """int64 (N,) in part order, of one dataset or of all; None if any row lacks a label."""
         stores = self.stores.values() if dataset is None else [self.stores[dataset]]
@@ -115,10 +125,13 @@ class FeatureSet:
         numbers = np.searchsorted(self._starts, positions, side="right") - 1
         return numbers.astype(np.int64) << 32 | (positions - self._starts[numbers])
 
+    def positions(self, row_ids: np.ndarray) -> np.ndarray:
+        """The inverse of `row_ids`: int64 (n,)."""
+        return self._starts[row_ids >> 32] + (row_ids & 0xFFFFFFFF)
+
     def take(self, row_ids: np.ndarray) -> np.ndarray:
-        """The features of rows, (n, D) in the given order and the (widest) stored dtype."""
-        dtype = np.result_type(*(DTYPES[store.dtype] for store in self.stores.values()))
-        rows = np.empty((len(row_ids), self.dim), dtype=dtype)
+        """The features of rows, (n, D), in the given order."""
+        rows = np.empty((len(row_ids), self.dim), dtype=self.dtype)
         for number, here in self._by_part(row_ids):
             rows[here] = self.block(number)[row_ids[here] & 0xFFFFFFFF]
         return rows
@@ -188,16 +201,19 @@ def open_features(run: RunDir, datasets: Sequence[str] | None = None) -> Feature
 
 
 def _check_backbone(run: RunDir, dataset: str, store: FeatureStore) -> None:
-    """Refuses features that embed made by the run's own backbone, when that backbone is another by now."""
+    """Refuses features that embed made by the run's own backbone, when they or that backbone are others by now."""
     exported = run.stage_path("pretrain") / "backbone"
     result = run.stage_path("embed", dataset) / "result.json"
-    if not (exported.is_dir() and result.is_file()) or read_json(result)["backbone"]["name"] != "pretrain":
+    if not (exported.is_dir() and result.is_file()):
+        return
+    made_by = read_json(result)["backbone"]
+    if made_by["name"] != "pretrain":
         return
     current = read_json(exported / "backbone.json")["sha256"]
-    if store.backbone != current:
+    if made_by["weights"] != current or made_by["sha256"] != store.backbone:
         raise UserError(
             f"the features of {dataset} were made by another backbone than this run's",
-            got=store.backbone,
-            allowed=current,
+            got=f"{store.backbone}, of weights {made_by['weights']}",
+            allowed=f"{made_by['sha256']}, of weights {current}",
             fix=f"sslscale embed -c CONFIG --run {run.path} --overwrite",
         )

@@ -2,7 +2,7 @@
 
     embed/<dataset>/part-00042.npy       (n, D) fp16 or fp32, C-order, memory-mappable
     embed/<dataset>/part-00042.parquet   key, shard, offset[, label][, further outputs], aligned to the rows
-    embed/<dataset>/ids.npy              (2, N) uint64: hash64(key), sorted, and the row id of each
+    embed/<dataset>/ids.npy              (3, N) uint64: both halves of hash128(key), sorted, and the row id of each
     embed/<dataset>/features.json        written last: whatever has none does not exist
 
 A row id is `part << 32 | row`, as int64.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sslscale import storage
 from sslscale.errors import UserError
-from sslscale.features.files import replacing, write_npy
-from sslscale.rundir import FORMAT_VERSION, hash_file, hash_json, read_json, write_json
+from sslscale.features.files import open_npy, replacing, write_npy
+from sslscale.rundir import hash_file, hash_json, read_json, write_json
 
+FORMAT_VERSION = 2
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
 ROW_GROUP = 4096  # rows that one look-up by row id has to decode
 
@@ -103,12 +106,12 @@ class FeatureStore:
         shards: Sequence[str],
         offsets: Sequence[int],
         labels: Sequence[int | None] | None = None,
-        metadata: Mapping[str, np.ndarray] | None = None,
+        metadata: Mapping[str, np.ndarray | pa.Array] | None = None,
     ) -> dict[str, Any]:
         """Writes one part, each of its two files atomically, and returns its record for `commit`.
 
         `features` is (n, D) and finite after the cast to the store's dtype; `shards` and `offsets` say where each
-        sample's record starts. `metadata` holds further columns, (n,) or (n, m).
+        sample's record starts. `metadata` holds further columns: arrays (n,) or (n, m), or a column of Arrow's.
         """
         rows = np.asarray(features, dtype=DTYPES[self.dtype])
         assert rows.shape == (len(keys), self.dim), (rows.shape, len(keys), self.dim)
@@ -131,12 +134,12 @@ class FeatureStore:
         """Makes the parts whose records these are (0 .. P-1, any order) the store: the id table, then features.json."""
         self.parts = tuple(sorted((StoredPart(**record) for record in records), key=lambda part: part.part))
         assert [part.part for part in self.parts] == list(range(len(self.parts))), "parts are numbered without gaps"
-        ids = np.empty((2, self.num_rows), dtype=np.uint64)
+        ids = np.empty((3, self.num_rows), dtype=np.uint64)
         start = 0
         for part in self.parts:
             stop = start + part.rows
-            ids[0, start:stop] = hash_keys(self.table(part.part, ["key"]).column("key").to_pylist())
-            ids[1, start:stop] = row_id(part.part, np.arange(part.rows))
+            ids[:2, start:stop] = hash_keys(self.table(part.part, ["key"]).column("key").to_pylist())
+            ids[2, start:stop] = row_id(part.part, np.arange(part.rows))
             start = stop
         write_npy(self.path / "ids.npy", ids[:, np.argsort(ids[0], kind="stable")])
         counts = {"format_version": FORMAT_VERSION, "num_rows": self.num_rows}
@@ -146,25 +149,43 @@ class FeatureStore:
 
     def open_block(self, part: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of a part, (n, D), memory-mapped read-only."""
-        return np.load(self._path(part, ".npy"), mmap_mode="r", allow_pickle=False)[start:stop]
+        return open_npy(self._path(part, ".npy"))[start:stop]
 
     def table(self, part: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The part's table, aligned to its rows."""
-        return pq.read_table(self._path(part, ".parquet"), columns=None if columns is None else list(columns))
+        return pq.read_table(self._table(part), columns=None if columns is None else list(columns))
+
+    def schema(self, part: int) -> pa.Schema:
+        """The columns of the part's table."""
+        return pq.read_schema(self._table(part))
 
     def take_table(self, part: int, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """The given rows of a part's table, in the given order; decodes only the row groups that hold them."""
         groups, group_of = np.unique(rows // ROW_GROUP, return_inverse=True)
-        with pq.ParquetFile(self._path(part, ".parquet")) as file:
+        with pq.ParquetFile(self._table(part)) as file:
             table = file.read_row_groups(groups.tolist(), columns=list(columns))
         return table.take(group_of * ROW_GROUP + rows % ROW_GROUP)
 
     def part_labels(self, part: int) -> np.ndarray | None:
         """int64 (n,) of one part; None if any row lacks a label."""
-        if "label" not in pq.read_schema(self._path(part, ".parquet")).names:
+        if "label" not in pq.read_schema(self._table(part)).names:
             return None
         column = self.table(part, ["label"]).column("label")
         return None if column.null_count else column.to_numpy()
+
+    def part_column(self, part: int, name: str) -> np.ndarray:
+        """A further output of one part, (n,) or (n, m); UserError where there is none."""
+        columns = self.schema(part).names
+        if name not in columns:
+            raise UserError(
+                f"the objective that made these features gives no {name}",
+                got=f"{self.path}: {', '.join(columns)}",
+                fix="pretrain with an objective that gives it, or set another method",
+            )
+        column = self.table(part, [name]).column(name).combine_chunks()
+        if pa.types.is_fixed_size_list(column.type):
+            return column.flatten().to_numpy().reshape(len(column), -1)
+        return column.to_numpy()
 
     def labels(self) -> np.ndarray | None:
         """int64 (N,) in part order; None if any row lacks a label."""
@@ -177,11 +198,18 @@ class FeatureStore:
         return np.concatenate(labels) if labels else None
 
     def find(self, key: str) -> list[int]:
-        """The row ids of a key: none, one, or several where shards repeat it. Hash collisions are told apart."""
-        hashes, ids = np.load(self.path / "ids.npy", mmap_mode="r", allow_pickle=False)
-        wanted = hash_keys([key])[0]
-        start, stop = np.searchsorted(hashes, wanted, "left"), np.searchsorted(hashes, wanted, "right")
-        return [int(found) for found in ids[start:stop] if self.key_of(int(found)) == key]
+        """The row ids of a key: none, one, or several where shards repeat it.
+
+        128 bits of a cryptographic hash stand for the key: no part's table needs to be opened to compare it.
+        """
+        high, low, ids = self._ids
+        (wanted,), (rest,) = hash_keys([key])
+        start, stop = np.searchsorted(high, wanted, "left"), np.searchsorted(high, wanted, "right")
+        return ids[start:stop][low[start:stop] == rest].astype(np.int64).tolist()
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        return open_npy(self.path / "ids.npy")
 
     def lookup(self, keys: Sequence[str]) -> np.ndarray:
         """Row ids, int64 (n,), of keys; UserError for a key that names no row or several."""
@@ -200,17 +228,22 @@ class FeatureStore:
         first = next((part for part in self.parts if part.rows), None)
         return None if first is None else f"keys such as {self.key_of(row_id(first.part, 0))!r}"
 
+    def _table(self, part: int) -> Path:
+        return storage.bring(self._path(part, ".parquet"))
+
     def _path(self, part: int, suffix: str) -> Path:
         return self.path / (part_name(part) + suffix)
 
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
-    """64-bit BLAKE2b of each key, uint64 (n,)."""
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, dtype="<u8")
+    """128-bit BLAKE2b of each key as two halves, the first one first: uint64 (2, n)."""
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
+    return np.frombuffer(digests, dtype="<u8").reshape(-1, 2).T
 
 
-def _column(values: np.ndarray) -> pa.Array:
+def _column(values: np.ndarray | pa.Array) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values
     values = np.asarray(values)
     if values.ndim == 1:
         return pa.array(values)

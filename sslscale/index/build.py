@@ -1,148 +1,240 @@
-"""`sslscale index`: a FAISS index over the features of a run.
+"""`sslscale index`: a FAISS index over the features of a run; called again, it adds the parts that are new.
 
-index/<name>/index.faiss   opens with faiss.read_index; its ids are row ids
-index/<name>/parts.json    which dataset and part a row id's upper half names
+What it writes is in `sslscale.index.record`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import faiss
 import numpy as np
 
+from sslscale import storage
 from sslscale.config import IndexConfig, RunConfig
-from sslscale.errors import UserError
+from sslscale.errors import StageError, UserError
 from sslscale.features import FeatureSet, open_features, sample_positions
-from sslscale.features.distance import prepare
 from sslscale.features.files import replacing
-from sslscale.index.exact import SetReference, exact_knn
-from sslscale.index.plan import choose_factory, estimate_bytes
-from sslscale.rundir import RunDir, Stage, write_json
-from sslscale.runtime.base import Runtime, compute_threads
+from sslscale.index.factory import can_merge, empty_index, train, use_gpus
+from sslscale.index.measure import tuned
+from sslscale.index.merge import merge_files, merge_rows
+from sslscale.index.plan import IndexPlan, plan_index
+from sslscale.index.record import IndexedPart, IndexRecord, indexed_parts, write_parts
+from sslscale.index.shard import BuildWorker, Group, prepared, shard_record, write_index
+from sslscale.rundir import RunDir, Stage, hash_json, read_json
+from sslscale.runtime.base import Resources, Runtime, compute_threads
 from sslscale.runtime.progress import Progress
-
-WANTED_RECALL = 0.95  # what nprobe is raised to reach, where the config leaves it open
 
 
 def run_index(
     run: RunDir, config: RunConfig, runtime: Runtime, *, name: str = "main", overwrite: bool = False
 ) -> dict[str, Any]:
-    """Builds the index of `config.index.datasets` and measures it; returns result.json.
+    """Builds the index of `config.index.datasets`, or adds the parts that it lacks, and measures it.
 
-    It is built in this process: `runtime` is part of every stage's signature.
+    Returns result.json. UserError where parts that were indexed have changed since.
     """
     settings = config.index
     if settings is None:
         raise UserError("the config has no section 'index'", fix="add one, or leave this stage out")
+    use_gpus(settings.device)
     features = open_features(run, settings.datasets)
-    factory = choose_factory(features.num_rows, features.dim) if settings.factory == "auto" else settings.factory
-    index = _empty_index(factory, features.dim, settings.metric)
-    _check_training_rows(index, factory, min(settings.train_rows, features.num_rows))
-    threads = config.runtime.threads
+    plan = plan_index(settings, features.num_rows, features.dim)
     stage = run.open_stage(
         "index",
         name,
-        {**settings.identity(), "seed": config.seed, "threads": threads},
-        {"features": features.identity, "backbone": features.backbone},
+        {**settings.identity(), "seed": config.seed, "threads": config.runtime.threads},
+        {"backbone": features.backbone},
         overwrite=overwrite,
     )
-    if stage.done:
-        return stage.result
-    with compute_threads(threads):
-        result = _build(stage, settings, config.seed, features, factory, index)
-    return stage.finish(result)
+    builder = _Builder(stage, settings, config.seed, config.runtime.threads, config.runtime.workers, runtime, features)
+    if not stage.done:
+        plan.announce(features.num_rows, features.dim)
+        return builder.fresh(plan)
+    record = IndexRecord.open(run, name)
+    record.numbers(features)
+    known = set(record.parts)
+    new = [part for part in indexed_parts(features) if part not in known]
+    if not new:
+        return record.result
+    run.on_start()
+    return builder.extended(record, new)
 
 
-def _build(
-    stage: Stage, settings: IndexConfig, seed: int, features: FeatureSet, factory: str, index: faiss.Index
-) -> dict[str, Any]:
-    if not index.is_trained:
-        at = sample_positions(features.num_rows, settings.train_rows, seed)
-        index.train(_vectors(features.take(features.row_ids(at)), settings.metric))
-    with Progress("index", total=features.num_rows, unit="rows") as progress:
-        for first, rows in SetReference(features).blocks():
-            index.add_with_ids(_vectors(rows, settings.metric), np.arange(first, first + len(rows), dtype=np.int64))
-            progress.advance(len(rows))
-    at = sample_positions(features.num_rows, settings.recall_queries, seed)
-    recall, nprobe = _tune(index, features, features.row_ids(at), settings)
-    with replacing(stage.path / "index.faiss") as temporary:
-        faiss.write_index(index, str(temporary))
-    write_json(stage.path / "parts.json", [asdict(part) for part in features.parts])
-    return {
-        "factory": factory,
-        "metric": settings.metric,
-        "datasets": list(features.stores),
-        "num_vectors": features.num_rows,
-        "dim": features.dim,
-        "bytes": (stage.path / "index.faiss").stat().st_size,
-        "bytes_planned": estimate_bytes(factory, features.num_rows, features.dim)
-        if settings.factory == "auto"
-        else None,
-        "nprobe": nprobe,
-        "recall_queries": len(at),
-        "recall_at_10": recall,
-    }
+def compact_index(run: RunDir, runtime: Runtime, *, name: str = "main", workers: int = 1) -> dict[str, Any]:
+    """Builds a finished index again without what was deleted from it; the same lists, no training. Returns result.json.
 
-
-def _empty_index(factory: str, dim: int, metric: str) -> faiss.Index:
-    measure = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
-    try:
-        index = faiss.index_factory(dim, factory, measure)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            "faiss does not understand this factory string",
-            got=f"{factory!r} for {dim} dimensions: {reason}",
-            allowed="auto, or a string such as Flat, IVF1024,Flat or OPQ16_64,IVF1024,PQ16",
-            fix="set index.factory",
-        ) from None
-    # inverted lists keep ids themselves; a refining index above them does not
-    keeps_ids = faiss.try_extract_index_ivf(index) is not None and not isinstance(index, faiss.IndexRefine)
-    return index if keeps_ids else faiss.IndexIDMap2(index)
-
-
-def _check_training_rows(index: faiss.Index, factory: str, rows: int) -> None:
-    lists = faiss.try_extract_index_ivf(index)
-    if lists is not None and lists.nlist > rows:
-        raise UserError(
-            "the index has more lists than vectors to train them on",
-            got=f"{factory!r} with {rows} vectors",
-            allowed=f"at most {rows} lists",
-            fix="set index.factory to auto, or raise index.train_rows",
-        )
-
-
-def _vectors(rows: np.ndarray, metric: str) -> np.ndarray:
-    return np.ascontiguousarray(prepare(rows, metric), dtype=np.float32)
-
-
-def _tune(
-    index: faiss.Index, features: FeatureSet, query_ids: np.ndarray, settings: IndexConfig
-) -> tuple[float | None, int | None]:
-    """(recall@10, nprobe). Where nprobe is left open it doubles until the sample's recall is WANTED_RECALL.
-
-    Recall is the share of the exact 10 nearest (or all N - 1, if fewer) that the index returns, the query itself left
-    out by its id on both sides; None with a single vector.
+    The index is searched as it was until the new one is finished.
     """
-    lists = faiss.try_extract_index_ivf(index)
-    k = min(10, features.num_rows - 1)
-    queries = features.take(query_ids)
-    truth = exact_knn(queries, query_ids, SetReference(features), k, settings.metric)[1] if k else None
-    vectors = _vectors(queries, settings.metric)
+    record = IndexRecord.open(run, name)
+    known = read_json(record.path / "stage.json")
+    settings = dict(known["settings"])
+    seed, threads = settings.pop("seed"), settings.pop("threads")
+    features = open_features(run, record.result["datasets"])
+    record.numbers(features)
+    if record.result["num_vectors"] == sum(shard.vectors for shard in record.shards):
+        return record.result
+    stage = Stage(record.path, "index", name, known["settings"], known["parents"])
+    builder = _Builder(stage, IndexConfig(**settings), seed, threads, workers, runtime, features)
+    return builder.compacted(record)
 
-    def recall() -> float | None:
-        if truth is None:
-            return None
-        found = index.search(vectors, k + 1)[1]
-        return float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(truth, found, strict=True)]) / k)
 
-    if lists is None:
-        return recall(), None
-    lists.nprobe = min(settings.nprobe or 1, lists.nlist)
-    measured = recall()
-    while settings.nprobe is None and measured is not None and measured < WANTED_RECALL and lists.nprobe < lists.nlist:
-        lists.nprobe = min(2 * lists.nprobe, lists.nlist)
-        measured = recall()
-    return measured, int(lists.nprobe)
+@dataclass
+class _Builder:
+    stage: Stage
+    settings: IndexConfig
+    seed: int
+    threads: int
+    workers: int
+    runtime: Runtime
+    features: FeatureSet
+    started: float = field(default_factory=time.perf_counter)
+
+    def fresh(self, plan: IndexPlan) -> dict[str, Any]:
+        with compute_threads(self.threads):
+            trained = self._train(plan)
+        parts = indexed_parts(self.features)
+        state = {
+            "factory": plan.factory,
+            "metric": self.settings.metric,
+            "layout": self.settings.layout,
+            "datasets": list(self.features.stores),
+            "dim": self.features.dim,
+            "bytes_planned": plan.bytes,
+            "shard_rows": plan.shard_rows,
+            "trained": trained,
+            "state": 0,
+            "deleted": None,
+        }
+        return self._finish(state, parts, self._build(parts, parts, plan.shard_rows, trained), [])
+
+    def extended(self, record: IndexRecord, new: Sequence[IndexedPart]) -> dict[str, Any]:
+        """Adds parts to an index: in shards of their own, or, to a graph, in place of the whole."""
+        result, parts = record.result, [*record.parts, *new]
+        state = {**result, "state": result["state"] + 1}
+        if result["layout"] == "sharded" or can_merge(empty_index(result["factory"], result["dim"])):
+            added = self._build(parts, new, result["shard_rows"], result["trained"])
+            return self._finish(state, parts, added, result["shards"])
+        (whole,) = record.shards
+        return self._finish(state, parts, self._build(parts, new, result["shard_rows"], whole.index, whole.rows), [])
+
+    def compacted(self, record: IndexRecord) -> dict[str, Any]:
+        """What is deleted stays listed: its rows are still in the parts that a later state is built from."""
+        result, parts = record.result, record.parts
+        shards = self._build(parts, parts, result["shard_rows"], result["trained"], left_out=record.deleted)
+        return self._finish({**result, "state": result["state"] + 1}, parts, shards, [])
+
+    def _train(self, plan: IndexPlan) -> str:
+        """The file of the empty index that all shards start from; its name says what it was trained on."""
+        name = f"trained-{hash_json([plan.factory, plan.train_rows, self.features.identity])}.faiss"
+        path = self.stage.path / name
+        if path.is_file():
+            return name
+        index = empty_index(plan.factory, self.features.dim)
+        if not index.is_trained:
+            at = sample_positions(self.features.num_rows, plan.train_rows, self.seed)
+            rows = prepared(self.features.take(self.features.row_ids(at)), self.settings.metric)
+            try:
+                train(index, rows, self.settings.device)
+            except RuntimeError as error:
+                raise StageError(
+                    "the index cannot be trained",
+                    got=f"{plan.factory} on {len(rows)} rows: {str(error).strip().splitlines()[-1]}",
+                    fix="set index.factory=auto, or raise index.train_rows",
+                ) from error
+        write_index(index, path)
+        return name
+
+    def _build(
+        self,
+        parts: Sequence[IndexedPart],
+        wanted: Sequence[IndexedPart],
+        shard_rows: int,
+        base: str,
+        base_rows: str | None = None,
+        left_out: np.ndarray | None = None,
+    ) -> list[dict[str, Any]]:
+        """Shards of the parts `wanted`, in order; those that an earlier call has finished are taken as they are."""
+        number_of = {part: number for number, part in enumerate(parts)}
+        present = {part: number for number, part in enumerate(indexed_parts(self.features))}
+        groups = []
+        for group in _grouped(wanted, shard_rows):
+            pairs = [(number_of[part], present[part]) for part in group]
+            numbers = [number for number, _ in pairs]
+            out = np.empty(0, np.int64) if left_out is None else left_out[np.isin(left_out >> 32, numbers)]
+            content = [base, numbers, [asdict(part) for part in group], out.tolist()]
+            rows = sum(part.rows for part in group)
+            groups.append(Group(f"shard-{hash_json(content)}", rows, pairs, out, base, base_rows))
+        self._build_missing(groups)
+        return [shard for group in groups if (shard := self._built(group)) is not None]
+
+    def _build_missing(self, groups: Sequence[Group]) -> None:
+        missing = [group for group in groups if self._built(group) is None]
+        if not missing:
+            return
+        setup = {"folder": str(self.stage.path), "features": self.features.paths, "metric": self.settings.metric}
+        workers = min(self.workers, len(missing))
+        with (
+            Progress("index", total=sum(group.rows for group in groups), unit="rows") as progress,
+            self.runtime.pool(BuildWorker, setup, workers, Resources(threads=self.threads)) as pool,
+        ):
+            progress.start_at(sum(group.rows for group in groups if group not in missing))
+            for index, shard in pool.map("build", missing):
+                self.stage.finish_part(missing[index].name, shard)
+                progress.advance(missing[index].rows)
+
+    def _built(self, group: Group) -> dict[str, Any] | None:
+        """The record of a shard that an earlier call has finished, and that is still there."""
+        shard = self.stage.part_done(group.name)
+        there = shard is not None and all((self.stage.path / file).is_file() for file in shard["sizes"])
+        return shard if there else None
+
+    def _finish(
+        self,
+        state: dict[str, Any],
+        parts: Sequence[IndexedPart],
+        added: list[dict[str, Any]],
+        before: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Lays the shards out, measures, and names the new files in result.json, last."""
+        suffix = f"-{state['state']}" if state["state"] else ""
+        shards = [*before, *added]
+        if state["layout"] != "sharded":
+            shards = [self._merged(shards, state["trained"], suffix)]
+        write_parts(self.stage.path / f"parts{suffix}.json", parts)
+        seconds = time.perf_counter() - self.started
+        record = IndexRecord(self.stage.path, {**state, "parts": f"parts{suffix}.json", "shards": shards})
+        with compute_threads(self.threads):
+            measured = tuned(record, self.features, self.settings, self.seed)
+        sizes = [size for shard in record.shards for file, size in shard.sizes.items() if file == shard.index]
+        gone = sum(part.rows for part in parts) - measured["num_vectors"]
+        values = {"bytes": sum(sizes), "build_seconds": seconds, "num_deleted": gone, **measured}
+        result = self.stage.finish(record.updated(**values).result)
+        IndexRecord(self.stage.path, result).remove_others()
+        return result
+
+    def _merged(self, shards: Sequence[dict[str, Any]], trained: str, suffix: str) -> dict[str, Any]:
+        path = self.stage.path
+        index, rows = f"index{suffix}.faiss", f"rows{suffix}.npy"
+        vectors = sum(shard["vectors"] for shard in shards)
+        merge_rows([path / shard["rows"] for shard in shards], vectors, path / rows)
+        if len(shards) == 1:
+            with replacing(path / index) as temporary:
+                temporary.hardlink_to(storage.bring(path / shards[0]["index"]))
+        else:
+            merge_files(path / trained, [path / shard["index"] for shard in shards], path / index)
+        return shard_record(path, vectors, index=index, rows=rows)
+
+
+def _grouped(parts: Sequence[IndexedPart], shard_rows: int) -> list[list[IndexedPart]]:
+    """Parts in order, in groups of at most `shard_rows` rows, or of a single part that has more."""
+    groups: list[list[IndexedPart]] = []
+    rows = 0
+    for part in parts:
+        if not groups or (rows and rows + part.rows > shard_rows):
+            groups.append([])
+            rows = 0
+        groups[-1].append(part)
+        rows += part.rows
+    return groups

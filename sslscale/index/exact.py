@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import faiss
@@ -18,8 +18,8 @@ QUERY_ROWS = 4096  # that one pass over the reference answers
 class Reference(Protocol):
     """Rows with ids, read in blocks of at most BLOCK_ROWS."""
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """`(id of the first row, rows (n, D))`; ids within a block are consecutive and ascend over the blocks."""
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`(ids (n,), rows (n, D))`."""
         ...
 
     def take(self, ids: np.ndarray) -> np.ndarray:
@@ -34,10 +34,22 @@ class SetReference:
         self.take = features.take
         self._features = features
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for part in self._features.parts:
             for start in range(0, part.rows, BLOCK_ROWS):
-                yield part.number << 32 | start, self._features.block(part.number, start, start + BLOCK_ROWS)
+                rows = self._features.block(part.number, start, start + BLOCK_ROWS)
+                yield (part.number << 32) + np.arange(start, start + len(rows)), rows
+
+
+class RowReference:
+    """Some rows of a feature set: those whose row ids `batches()` yields, in arrays of at most BLOCK_ROWS."""
+
+    def __init__(self, features: FeatureSet, batches: Callable[[], Iterator[np.ndarray]]) -> None:
+        self.take = features.take
+        self._batches = batches
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return ((ids, self.take(ids)) for ids in self._batches())
 
 
 class ArrayReference:
@@ -46,9 +58,10 @@ class ArrayReference:
     def __init__(self, x: np.ndarray) -> None:
         self.x = x
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(self.x), BLOCK_ROWS):
-            yield start, self.x[start : start + BLOCK_ROWS]
+            rows = self.x[start : start + BLOCK_ROWS]
+            yield np.arange(start, start + len(rows)), rows
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         return self.x[ids]
@@ -60,7 +73,7 @@ def exact_knn(
     """Distances (fp32) and ids (int64) of the k nearest reference rows of each query, both (n, k), nearest first.
 
     `own_ids` (n,) is each query's own id in the reference, or -1: that row is left out by its id, so duplicates
-    of it stay. The reference must have more than k rows. Distances come from the differences themselves, so equal
+    of it stay. The reference must have k rows besides it. Distances come from the differences themselves, so equal
     vectors are at 0; equal distances are ordered by id.
     """
     distances = np.empty((len(queries), k), dtype=np.float32)
@@ -69,7 +82,7 @@ def exact_knn(
         here = slice(start, start + QUERY_ROWS)
         x = np.ascontiguousarray(prepare(queries[here], metric), dtype=np.float32)
         found = _scan(x, reference, k + 1, metric)
-        distances[here], ids[here] = _finish(x, found, own_ids[here], reference, k, metric)
+        distances[here], ids[here] = rescore(x, found, own_ids[here], reference, k, metric)
     return distances, ids
 
 
@@ -77,20 +90,20 @@ def _scan(x: np.ndarray, reference: Reference, k: int, metric: str) -> np.ndarra
     """Ids (n, k) of the nearest rows by faiss's squared L2, own rows included."""
     best = np.empty((len(x), 0), dtype=np.float32)
     ids = np.empty((len(x), 0), dtype=np.int64)
-    for first, rows in reference.blocks():
+    for block_ids, rows in reference.blocks():
         block = np.ascontiguousarray(prepare(rows, metric), dtype=np.float32)
         squared, at = faiss.knn(x, block, min(k, len(block)))
         best = np.concatenate([best, squared], axis=1)
-        ids = np.concatenate([ids, first + at], axis=1)
+        ids = np.concatenate([ids, block_ids[at]], axis=1)
         order = np.lexsort((ids, best), axis=1)[:, :k]
         best, ids = np.take_along_axis(best, order, 1), np.take_along_axis(ids, order, 1)
     return ids
 
 
-def _finish(
+def rescore(
     x: np.ndarray, ids: np.ndarray, own_ids: np.ndarray, reference: Reference, k: int, metric: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of candidates (n, k + 1), the k nearest that are not the query's own row, by distances without cancellation."""
+    """Of candidates (n, k or k + 1), the k nearest other than the own row, by distances without cancellation."""
     rows = prepare(reference.take(ids.ravel()), metric).reshape(*ids.shape, -1)
     difference = rows - x[:, None]
     squared = np.einsum("nkd,nkd->nk", difference, difference)

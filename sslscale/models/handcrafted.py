@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslscale.models.base import Embedder
+from sslscale.shards.video import ClipReader
 
 
 class Pixels(Embedder):
@@ -20,6 +21,23 @@ class Pixels(Embedder):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)
+
+
+class MeanFrame(Embedder):
+    """The mean over a clip's frames: (B, T, C, S, S) in [0, 1] -> (B, C S S)."""
+
+    frames = 16
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.feature_dim = channels * size * size
+
+    def reader(self, channels: int | None, size: int | None) -> ClipReader:
+        assert channels is not None
+        return ClipReader(self.frames, channels, size)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return clips.mean(dim=1).flatten(1)
 
 
 class HOG(Embedder):
@@ -59,4 +77,8 @@ class HOG(Embedder):
         )
 
 
-HANDCRAFTED: dict[str, type[Pixels] | type[HOG]] = {"pixels": Pixels, "hog": HOG}
+HANDCRAFTED: dict[str, type[Pixels] | type[HOG] | type[MeanFrame]] = {
+    "pixels": Pixels,
+    "hog": HOG,
+    "mean_frame": MeanFrame,
+}

@@ -1,21 +1,27 @@
-"""Image backbones: any timm model by name and arguments, and their export to a folder that plain timm loads."""
+"""Image backbones: any timm model by name and arguments, exported to a folder that plain timm loads."""
 
 from __future__ import annotations
 
-import shutil
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
-from timm.models import VisionTransformer
+from timm.layers import DropPath
+from timm.models import VisionTransformer, checkpoint_seq
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslscale.config import BackboneConfig, validate
+from sslscale.config import AugmentConfig, BackboneConfig, FramesConfig
 from sslscale.errors import UserError, did_you_mean
-from sslscale.models.base import Embedder
-from sslscale.rundir import FORMAT_VERSION, hash_file, read_json, write_json
+from sslscale.models.base import Encoder
+from sslscale.models.drop_path import key_drops
+from sslscale.views.image import augment
+from sslscale.views.keyed import KeyedRandom
+
+_LAYER = re.compile(r"layer:([1-9]\d*)")
 
 # What backbone.json tells a reader who has timm and nothing of ours.
 _LOAD = (
@@ -28,35 +34,38 @@ _LOAD_SMALL_STEM = (
 )
 
 
-class Backbone(Embedder):
+class Backbone(Encoder):
     """A timm model behind its normalisation: images (B, C, H, W) in [0, 1] -> features (B, D)."""
 
+    OFFERS: ClassVar[tuple[str, ...]] = ("images",)
+    config: BackboneConfig
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = _create(config)
+    def __init__(self, config: BackboneConfig, files: Path | None = None) -> None:
+        super().__init__(config, files)
+        self.model = create_timm(config)
+        key_drops(self.model, DropPath)
         self.feature_dim = int(self.model.num_features)  # type: ignore[arg-type]
         for name, values in (("mean", config.mean), ("std", config.std)):
-            if len(values) not in (1, config.channels):
-                raise UserError(
-                    f"backbone.{name} has one value, or one a channel",
-                    got=values,
-                    allowed=f"1 or {config.channels} values",
-                )
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+            self.register_buffer(name, channel_values(name, values, config.channels), persistent=False)
 
-        self.frozen = False
+    @classmethod
+    def load_lines(cls, meta: Mapping[str, Any]) -> list[str]:
+        return [_LOAD[0], *(_LOAD_SMALL_STEM if meta["stem"] == "small" else ()), _LOAD[1]]
 
-    def freeze(self) -> None:
-        """Holds weights and BatchNorm statistics as they are, whatever `train` is called with later."""
-        self.frozen = True
-        self.requires_grad_(False).eval()
+    def augmented(self, inputs: Tensor, random: KeyedRandom, recipe: AugmentConfig) -> Tensor:
+        return augment(inputs, random, recipe)
 
-    def train(self, mode: bool = True) -> Backbone:
-        return super().train(mode and not self.frozen)
+    def checkpoint_activations(self) -> None:
+        """Keeps the inputs of the model's blocks only (Chen et al. 2016, https://arxiv.org/abs/1604.06174)."""
+        if any(isinstance(module, _BatchNorm) for module in self.modules()):
+            raise UserError(
+                "activation_checkpointing computes blocks twice, and BatchNorm would count their statistics twice",
+                got=self.config.architecture,
+                allowed="models without BatchNorm, such as ViTs",
+            )
+        self.model.set_grad_checkpointing(True)  # type: ignore[operator]
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> what the model sees, in the fast layout of convolutions."""
@@ -87,7 +96,34 @@ class Backbone(Embedder):
         if keep is not None:
             prefix, patches = x[:, : vit.num_prefix_tokens], x[:, vit.num_prefix_tokens :]
             x = torch.cat([prefix, take_tokens(patches, keep)], dim=1)
-        return vit.fc_norm(vit.norm(vit.blocks(vit.norm_pre(x))))
+        x = vit.norm_pre(x)
+        x = checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing else vit.blocks(x)
+        return vit.fc_norm(vit.norm(x))
+
+    def output_dim(self, output: str) -> int:
+        """`cls`: a ViT's class token; `tokens_mean`: the mean of its patches; `layer:K`: the mean over positions of
+        what block (ViT) or stage (convolutions) K gives, counted from 1.
+        """
+        if output == "cls" and not self.vit.num_prefix_tokens:
+            raise UserError("this backbone has no class token", got=f"output {output!r}", allowed="tokens_mean")
+        layer = _LAYER.fullmatch(output)
+        if layer is None:
+            return int(self.vit.num_features)
+        info = getattr(self.model, "feature_info", None) or []
+        if not hasattr(self.model, "forward_intermediates") or int(layer[1]) > len(info):
+            raise UserError("this backbone has no such layer", got=output, allowed=f"layer:1 to layer:{len(info)}")
+        return int(info[int(layer[1]) - 1]["num_chs"])
+
+    def take(self, inputs: Tensor, output: str) -> Tensor:
+        layer = _LAYER.fullmatch(output)
+        if layer is not None:
+            model: Any = self.model
+            [x] = model.forward_intermediates(
+                self.normalise(inputs), indices=[int(layer[1]) - 1], intermediates_only=True, output_fmt="NCHW"
+            )
+            return x.mean(dim=(2, 3))
+        tokens = self.tokens(inputs)  # (B, P + N, D)
+        return tokens[:, 0] if output == "cls" else tokens[:, self.vit.num_prefix_tokens :].mean(dim=1)
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -95,7 +131,16 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-def _create(config: BackboneConfig) -> nn.Module:
+def channel_values(name: str, values: list[float], channels: int) -> Tensor:
+    """`backbone.mean` or `.std` as (1, C, 1, 1)."""
+    if len(values) not in (1, channels):
+        raise UserError(
+            f"backbone.{name} has one value, or one a channel", got=values, allowed=f"1 or {channels} values"
+        )
+    return torch.tensor(values).view(1, -1, 1, 1)
+
+
+def create_timm(config: BackboneConfig | FramesConfig) -> nn.Module:
     if not timm.is_model(config.architecture):
         raise UserError(
             f"timm has no model {config.architecture!r}{did_you_mean(config.architecture, timm.list_models())}",
@@ -120,66 +165,3 @@ def _create(config: BackboneConfig) -> nn.Module:
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model
-
-
-def export_backbone(
-    config: BackboneConfig, state: dict[str, Tensor], folder: Path, *, feature_dim: int, size: int
-) -> str:
-    """Writes `backbone.safetensors` and `backbone.json` (last). Returns the sha256 that names this backbone.
-
-    state: the timm model's own state dict. size: side of the images that it was trained on.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".backbone.safetensors.tmp"
-    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, str(temporary))
-    temporary.replace(folder / "backbone.safetensors")
-    sha256 = hash_file(folder / "backbone.safetensors")
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "library": config.library,
-        "architecture": config.architecture,
-        "kwargs": config.kwargs,
-        "stem": config.stem,
-        "channels": config.channels,
-        "input_size": size,
-        "mean": config.mean,
-        "std": config.std,
-        "feature_dim": feature_dim,
-        "sha256": sha256,
-        "load": [_LOAD[0], *(_LOAD_SMALL_STEM if config.stem == "small" else ()), _LOAD[1]],
-    }
-    write_json(folder / "backbone.json", meta)
-    return sha256
-
-
-def read_backbone_meta(folder: Path) -> dict[str, Any]:
-    """backbone.json, after checking that the weights beside it are the ones that it names."""
-    if not (folder / "backbone.json").is_file():
-        raise UserError(
-            "there is no exported backbone here", got=str(folder), fix="run pretrain first, or give a backbone/ folder"
-        )
-    meta = read_json(folder / "backbone.json")
-    weights = folder / "backbone.safetensors"
-    if not weights.is_file() or hash_file(weights) != meta["sha256"]:
-        raise UserError(
-            "backbone.safetensors is not the file that backbone.json names", got=str(folder), fix="export it again"
-        )
-    return meta
-
-
-def load_backbone(folder: Path) -> Backbone:
-    """The exported backbone in `folder`, in evaluation mode."""
-    meta = read_backbone_meta(folder)
-    fields = ("library", "architecture", "kwargs", "stem", "channels", "mean", "std")
-    backbone = Backbone(validate(BackboneConfig, {name: meta[name] for name in fields}))
-    backbone.model.load_state_dict(load_file(str(folder / "backbone.safetensors")))
-    return backbone.eval()
-
-
-def copy_backbone(source: Path, target: Path) -> None:
-    """Copies an exported backbone; backbone.json last, so a reader never pairs it with other weights unnoticed."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("backbone.safetensors", "backbone.json"):
-        temporary = target / f".{name}.tmp"
-        shutil.copyfile(source / name, temporary)
-        temporary.replace(target / name)

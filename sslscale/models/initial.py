@@ -1,4 +1,4 @@
-"""Where a backbone's first weights come from: an earlier run, an exported folder, or a file of timm's weights."""
+"""Where a backbone's first weights come from: an earlier run, an exported folder, or a file of weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import timm.models
 from safetensors.torch import load_file
 
-from sslscale.config import BackboneConfig
+from sslscale import storage
+from sslscale.config import AnyBackboneConfig
 from sslscale.errors import UserError
-from sslscale.models.image import Backbone, read_backbone_meta
+from sslscale.models.base import Encoder
+from sslscale.models.export import read_backbone_meta
 from sslscale.rundir import hash_file
 
 
-def hash_weights(source: str, config: BackboneConfig) -> str:
+def hash_weights(source: str, config: AnyBackboneConfig) -> str:
     """The sha256 of what `source` names: a run directory, an exported backbone/ folder, or a file of a timm model.
 
     Raises UserError where there are no weights, or where they were trained behind another stem or normalisation.
@@ -25,16 +27,16 @@ def hash_weights(source: str, config: BackboneConfig) -> str:
     meta = read_backbone_meta(path.parent)
     ours = config.model_dump()
     differ = [
-        f"{name}: {meta[name]!r} there, {ours[name]!r} here"
-        for name in ("architecture", "stem", "channels", "mean", "std")
-        if meta[name] != ours[name]
+        f"{name}: {meta.get(name)!r} there, {ours[name]!r} here"
+        for name in config.WEIGHTS_FIT
+        if meta.get(name) != ours[name]
     ]
     if differ:
         raise UserError("pretrain.init_from is another backbone than pretrain.backbone", got="; ".join(differ))
     return meta["sha256"]
 
 
-def load_weights(backbone: Backbone, source: str) -> None:
+def load_weights(backbone: Encoder, source: str) -> None:
     """Puts the weights that `source` names into `backbone`; every name and shape must fit, a classifier is left out."""
     path = _weights_file(source)
     if path.suffix == ".safetensors":
@@ -56,12 +58,18 @@ def load_weights(backbone: Backbone, source: str) -> None:
         ) from None
 
 
+def initial_files(source: str) -> Path:
+    """The folder in which an export of `source` has the files beside its weights."""
+    return _weights_file(source).parent
+
+
 def _weights_file(source: str) -> Path:
-    path = Path(source)
-    folder = next((f for f in (path, path / "pretrain" / "backbone") if (f / "backbone.json").is_file()), None)
+    path = storage.local_path(source)
+    folders = (path, path / "pretrain" / "backbone")
+    folder = next((f for f in folders if storage.bring(f / "backbone.json").is_file()), None)
     if folder is not None:
-        return folder / "backbone.safetensors"
-    if not path.is_file():
+        return storage.bring(folder / "backbone.safetensors")
+    if not storage.bring(path).is_file():
         raise UserError(
             "there are no weights at pretrain.init_from",
             got=source,

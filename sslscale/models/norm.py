@@ -16,18 +16,21 @@ class _GatheredBatchNorm(torch.autograd.Function):
 
     With x' = (x - mean) / std and g the gradient of the output, N the global count of a channel:
     dL/dx = weight / std * (g - sum(g) / N - x' sum(g x') / N)   (Ioffe & Szegedy 2015, section 3).
-    Every pass over x is one of torch's own batch norm kernels, which read any layout and half precision at full speed.
+    Every pass over x or g is one of torch's own batch norm kernels, which read any layout and half precision at full
+    speed; of the two that are fused in torch (moments and output, sums and gradient) only the first halves are wanted
+    before the ranks have met.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        _, local_mean, local_inv_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)  # of weight's dtype: so are the moments then
+        local_mean, local_var = (moment.double() for moment in torch.batch_norm_update_stats(x, zeros, ones, 0.0))
         # ranks hold equally many samples, so the global moments are plain means over ranks
-        local_var = local_inv_std.square().reciprocal() - eps
-        moments = torch.stack([local_mean, local_var + local_mean.square()])
+        moments = torch.stack([local_mean, local_var + local_mean.square()])  # in double: a difference is taken of them
         dist.all_reduce(moments)
         mean, square = (moments / world_size()).unbind()
-        var = (square - mean.square()).clamp_(min=0.0)
+        var = (square - mean.square()).clamp_(min=0.0).to(weight.dtype)
+        mean = mean.to(weight.dtype)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
@@ -36,17 +39,18 @@ class _GatheredBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor, *_: Tensor):
         x, weight, mean, var = ctx.saved_tensors
-        # with fixed statistics: weight / std * g, sum(g x') and sum(g) over this rank
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(  # sum(g x') and sum(g) over this rank
+            gradient, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
         sums = torch.stack([grad_bias, grad_weight])
         dist.all_reduce(sums)
         count = x.numel() // x.shape[1] * world_size()
-        slope, offset = -weight * sums[1] / count, -weight * sums[0] / count  # of the rest, over x' / std
-        inv_std = torch.rsqrt(var + ctx.eps)
-        rest = F.batch_norm(x, mean, var, slope * inv_std, offset * inv_std, training=False, eps=ctx.eps)
-        return grad_x.add_(rest), grad_weight, grad_bias, None
+        scale = weight * torch.rsqrt(var + ctx.eps)
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        own = F.batch_norm(gradient, zeros, ones, scale, zeros, training=False, eps=0.0)
+        slope, offset = -scale * sums[1] / count, -scale * sums[0] / count  # of the rest, over x'
+        rest = F.batch_norm(x, mean, var, slope, offset, training=False, eps=ctx.eps)
+        return own.add_(rest), grad_weight, grad_bias, None
 
 
 class _Gathered:

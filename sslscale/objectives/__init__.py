@@ -10,24 +10,39 @@ from sslscale.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from sslscale.config import AugmentConfig
-    from sslscale.models.image import Backbone
+    from sslscale.models.base import Encoder
     from sslscale.objectives.base import Objective
 
 OBJECTIVES = {
     "barlow_twins": "sslscale.objectives.barlow_twins:BarlowTwins",
     "byol": "sslscale.objectives.byol:BYOL",
+    "causal_lm": "sslscale.objectives.causal_lm:CausalLM",
     "colorization": "sslscale.objectives.colorization:Colorization",
     "context_prediction": "sslscale.objectives.context_prediction:ContextPrediction",
+    "csi": "sslscale.objectives.csi:CSI",
+    "deep_svdd": "sslscale.objectives.deep_svdd:DeepSVDD",
     "dino": "sslscale.objectives.dino:DINO",
+    "experts": "sslscale.objectives.experts:Experts",
+    "frame_order": "sslscale.objectives.frame_order:FrameOrder",
+    "idec": "sslscale.objectives.idec:IDEC",
+    "iic": "sslscale.objectives.iic:IIC",
     "inpainting": "sslscale.objectives.inpainting:Inpainting",
     "jigsaw": "sslscale.objectives.jigsaw:Jigsaw",
+    "joint": "sslscale.objectives.joint:Joint",
     "mae": "sslscale.objectives.mae:MAE",
+    "masked_lm": "sslscale.objectives.masked_lm:MaskedLM",
     "moco_v3": "sslscale.objectives.moco_v3:MoCoV3",
     "rotation": "sslscale.objectives.rotation:Rotation",
+    "scan": "sslscale.objectives.scan:SCAN",
+    "sela": "sslscale.objectives.sela:SeLa",
     "simclr": "sslscale.objectives.simclr:SimCLR",
+    "simcse": "sslscale.objectives.simcse:SimCSE",
     "simsiam": "sslscale.objectives.simsiam:SimSiam",
     "swav": "sslscale.objectives.swav:SwAV",
+    "temi": "sslscale.objectives.temi:TEMI",
+    "transform_likelihood": "sslscale.objectives.transform_likelihood:TransformLikelihood",
     "vicreg": "sslscale.objectives.vicreg:VICReg",
+    "video_mae": "sslscale.objectives.video_mae:VideoMAE",
 }
 
 
@@ -75,7 +90,7 @@ def objective_settings(config: dict[str, Any]) -> tuple[type[Objective], dict[st
     return cls, validate(model, settings, prefix=f"pretrain.objective({name})").model_dump()
 
 
-def build_objective(config: dict[str, Any], backbone: Backbone, recipe: AugmentConfig) -> Objective:
+def build_objective(config: dict[str, Any], backbone: Encoder, recipe: AugmentConfig) -> Objective:
     """The objective that a config names, over `backbone`, with BatchNorm statistics over all ranks."""
     from sslscale.models.norm import gather_batch_norm
 

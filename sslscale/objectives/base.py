@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, ParamSpec, Protocol
 
 import torch
@@ -13,27 +14,53 @@ from torch import Tensor, nn
 
 from sslscale.config import AugmentConfig
 from sslscale.errors import UserError
+from sslscale.models.base import Encoder
 from sslscale.models.collectives import all_gather
+from sslscale.models.drop_path import draw_from
 from sslscale.models.image import Backbone
 from sslscale.views.base import Batch, ViewSpec
+from sslscale.views.keyed import KeyedRandom
 
 P = ParamSpec("P")
 
 
 class Corpus(Protocol):
-    """What `prepare` may ask of the training data; handed in by the caller, so that no import goes upward."""
+    """What `prepare` may ask of the training data: equal answers on every rank, each of which must ask.
 
-    def features(self) -> Tensor:
-        """(N, D) features of the training set under the objective's present backbone, in sample-id order."""
+    `num_samples` is N; n <= N of them can be read. What is given or taken for these is in the order of their ids.
+    """
+
+    num_samples: int
+
+    def map(self, function: Callable[[Tensor, KeyedRandom], Tensor]) -> Tensor:
+        """(n, ...): `function` of the loaded samples (B, ...) and their draws, in evaluation mode, no gradients."""
         ...
 
-    def neighbours(self, k: int) -> Tensor:
-        """int64 (N, k): ids of each sample's k nearest others in those features, nearest first."""
+    def by_id(self, values: Tensor) -> Tensor:
+        """(n, ...) -> (N, ...): a table that `Batch.ids` index; zeros for what cannot be read."""
         ...
 
-    def centroids(self, num_clusters: int) -> Tensor:
-        """(K, D) k-means centroids of those features."""
+    def neighbours(self, features: Tensor, k: int) -> Tensor:
+        """(n, D) -> int64 (n, k): the ids of each sample's k nearest others by cosine, nearest first."""
         ...
+
+    def centroids(self, features: Tensor, num_clusters: int, seed: int = 0) -> Tensor:
+        """(n, D) -> (K, D): k-means centroids, Euclidean. UserError where K > n."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A place between two steps of training: `step` of `last_step` are done, `epoch_steps` make an epoch."""
+
+    step: int
+    epoch_steps: int
+    last_step: int
+
+    def every(self, epochs: float) -> bool:
+        """True before the first step and after every so many epochs, but not at the end; 0: before the first only."""
+        period = max(1, round(epochs * self.epoch_steps)) if epochs else self.last_step
+        return self.step % period == 0 and self.step < self.last_step
 
 
 class Objective(nn.Module):
@@ -43,26 +70,58 @@ class Objective(nn.Module):
     and its own settings as keyword arguments with type hints: the config is validated against that signature.
     """
 
+    takes: ClassVar[str] = "images"
+    """What its views are made of: images, clips or tokens. A backbone must offer that."""
     views: ViewSpec
     needs_whole_batch: ClassVar[bool] = False
     """The loss compares samples of one global batch, so a batch must not be split by gradient accumulation."""
     max_zero_stage: ClassVar[int] = 3
     """The highest ZeRO stage under which it trains: 2 where slow state reads whole parameters after a step."""
+    further_outputs: ClassVar[tuple[str, ...]] = ()
+    """What `outputs` gives beside the features: cluster_probs, score."""
 
-    def __init__(self, backbone: Backbone, recipe: AugmentConfig) -> None:
+    def __init__(self, backbone: Encoder, recipe: AugmentConfig) -> None:
         super().__init__()
+        backbone.check_offers(self.takes)
         self.backbone = backbone
+        self.register_forward_pre_hook(_draw_by_sample)
+
+    def make_views(self, inputs: Tensor, random: KeyedRandom) -> dict[str, Tensor]:
+        """The views of inputs (B, ...) as the backbone takes them."""
+        return self.views(self.backbone.offer(self.takes, inputs, random), random)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`{"loss": scalar, ...metrics}`: the mean over this rank's share of the global batch."""
         raise NotImplementedError
 
-    def outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, C, H, W) in [0, 1] -> `features` (B, D), and where it has them `cluster_probs` (B, K), `score` (B,)."""
-        return {"features": self.backbone(images)}
+    def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
+        """The backbone's inputs -> `features` (B, D), and where it has them `cluster_probs` (B, K), `score` (B,)."""
+        return {"features": self.backbone(inputs)}
 
-    def prepare(self, corpus: Corpus, step: int) -> None:
-        """At declared steps: what needs a pass over the whole corpus."""
+    def prepares_at(self, moment: Moment) -> bool:
+        """Whether `prepare` is to be called then."""
+        return False
+
+    def prepare(self, corpus: Corpus, moment: Moment) -> None:
+        """What needs passes over the whole corpus. Writes slow state; at step 0 it may set trained parameters too."""
+
+    def partners(self, ids: Tensor, random: KeyedRandom) -> Tensor | None:
+        """int64 (B,): the sample that is read beside each of `ids` (B,) and becomes `Batch.partner`; None: none is."""
+        return None
+
+    def evaluate(self, inputs: Tensor, random: KeyedRandom) -> dict[str, float]:
+        """Measures without labels on held-out inputs, this rank's share; equal on every rank.
+
+        It leaves no trace in training.
+        """
+        return {}
+
+    def held_out_batch(self, inputs: Tensor, random: KeyedRandom) -> Batch:
+        """Views of inputs that have no place in the corpus, and so no ids; each sample is its own partner."""
+        nowhere = random.keys.new_empty(0)
+        beside = random.fold("partner")
+        partner = Batch(self.make_views(inputs, beside.fold("views")), beside.fold("objective"), nowhere)
+        return Batch(self.make_views(inputs, random.fold("views")), random.fold("objective"), nowhere, partner)
 
     def after_step(self, progress: float) -> None:
         """Updates slow state after a step; `progress` runs from 0 to 1. Never writes a trained parameter."""
@@ -72,11 +131,16 @@ class Objective(nn.Module):
         return {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
 
     def load_slow_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `slow_state`."""
+        """The inverse of `slow_state`. Tables that grow with the corpus or with training take its size."""
         buffers = dict(self.named_buffers())
         assert buffers.keys() == state.keys(), "slow state belongs to another objective"
         for name, buffer in buffers.items():
-            buffer.copy_(state[name])
+            buffer.resize_(state[name].shape).copy_(state[name])
+
+
+def _draw_by_sample(objective: nn.Module, arguments: tuple[Batch]) -> None:
+    assert isinstance(objective, Objective)
+    draw_from(objective.backbone, arguments[0].random.fold("drop_path"))
 
 
 @torch.no_grad()

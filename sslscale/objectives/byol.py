@@ -37,7 +37,9 @@ class BYOL(TeacherObjective):
         output_dim: int = 256,
     ) -> None:
         super().__init__(backbone, recipe)
-        self.projector = mlp(backbone.feature_dim, hidden_dim, output_dim)
+        # No bias at the end, as in the authors' code: the predictor's BatchNorm takes it away from the student, so
+        # that only rounding errors would move it, and the teacher's targets with it.
+        self.projector = mlp(backbone.feature_dim, hidden_dim, output_dim, last_bias=False)
         self.predictor = mlp(output_dim, hidden_dim, output_dim)
         self.teacher = Teacher(self.backbone, self.projector, momentum=momentum)
         self.views = Crops({"view_1": recipe, "view_2": recipe})

@@ -53,6 +53,7 @@ class DINO(TeacherObjective):
         warmup_share: Fraction = 0.3,
         momentum: Fraction = 0.996,
         centre_momentum: Fraction = 0.9,
+        freeze_share: Fraction = 0.01,
         local_crops: Annotated[int, Field(ge=0)] = 8,
         local_size: Positive | None = None,
         local_scale: tuple[Fraction, Fraction] = (0.05, 0.4),
@@ -62,15 +63,18 @@ class DINO(TeacherObjective):
         super().__init__(backbone, recipe)
         self.student_temperature, self.centre_momentum = student_temperature, centre_momentum
         self.teacher_temperatures, self.warmup_share = (warmup_teacher_temperature, teacher_temperature), warmup_share
+        prototypes = Prototypes(output_dim, num_prototypes)
         self.head = nn.Sequential(
             nn.Linear(backbone.feature_dim, hidden_dim),
             nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim),
             nn.GELU(),
             nn.Linear(hidden_dim, output_dim),
-            Prototypes(output_dim, num_prototypes),
+            prototypes,
         )
         self.teacher = Teacher(self.backbone, self.head, momentum=momentum)
+        # the output layer waits for features (the authors' code: for the first epoch)
+        prototypes.weight.register_hook(lambda gradient: gradient * (self.progress >= freeze_share))
         self.register_buffer("centre", torch.zeros(num_prototypes))
         self.register_buffer("progress", torch.zeros(()))
         self.views = multi_crop(recipe, local_crops, local_size, local_scale)

@@ -29,6 +29,8 @@ from sslscale.views.keyed import KeyedRandom
 class Inpainting(Objective):
     """The hidden regions of an image from the visible ones."""
 
+    backbone: Backbone
+
     def __init__(
         self,
         backbone: Backbone,

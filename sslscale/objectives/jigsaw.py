@@ -29,6 +29,8 @@ from sslscale.views.pretext import ShuffledPatches
 class Jigsaw(Objective):
     """Which permutation shuffled the patches of an image."""
 
+    backbone: Backbone
+
     def __init__(
         self,
         backbone: Backbone,

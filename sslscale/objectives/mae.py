@@ -32,6 +32,7 @@ from sslscale.views.keyed import KeyedRandom
 class MAE(Objective):
     """The pixels of masked patches from the visible ones; the encoder never sees a masked patch."""
 
+    backbone: Backbone
     position: Tensor
 
     def __init__(

@@ -6,6 +6,8 @@ images of the global batch; there is no queue:
     ctr(q, k) = -2 t log  exp(q_i . k_i / t) / sum_j exp(q_i . k_j / t),   loss = ctr(q_1, k_2) + ctr(q_2, k_1)
 
 with q = predictor(projector(backbone(view))) and k = the teacher's projection, both L2-normalised, t the temperature.
+A ViT's patch embedding stays at its random weights (`freeze_patch_embed`): trained, it makes the training unstable
+(section 4.2).
 """
 
 from __future__ import annotations
@@ -41,8 +43,12 @@ class MoCoV3(TeacherObjective):
         momentum: Fraction = 0.99,
         hidden_dim: int = 4096,
         output_dim: int = 256,
+        freeze_patch_embed: bool = True,
     ) -> None:
         super().__init__(backbone, recipe)
+        patch_embed = getattr(backbone.model, "patch_embed", None)
+        if freeze_patch_embed and patch_embed is not None:
+            patch_embed.requires_grad_(False)
         self.temperature = temperature
         self.projector = mlp(backbone.feature_dim, hidden_dim, hidden_dim, output_dim, last_norm=True)
         self.predictor = mlp(output_dim, hidden_dim, output_dim, last_norm=True)

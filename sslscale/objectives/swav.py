@@ -11,7 +11,7 @@ Local views (small crops) only predict. A queue of past projections makes the co
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -91,10 +91,6 @@ class SwAV(Objective):
         if self.queue_batches and progress >= self.queue_start:
             newest = gather_rows(self._newest.transpose(0, 1)).transpose(0, 1)  # (2, W B, D)
             self.queue = torch.cat([newest, self.queue], dim=1)[:, : self.queue_batches * newest.shape[1]]
-
-    def load_slow_state(self, state: dict[str, Any]) -> None:
-        self.queue = self.queue.new_empty(state["queue"].shape)
-        super().load_slow_state(state)
 
 
 @torch.no_grad()

@@ -4,7 +4,10 @@ pretrain/checkpoints/step-00000120/deepspeed/   DeepSpeed's sharded state
                                   /universal/   the same for any number of ranks, made when it is needed
                                   /slow.pt      the objective's slow state
                                   /backbone/    the exported backbone
+                                  /objective/   the exported heads
 pretrain/checkpoints.json                       the list, written last: step, cursors, counters, world size
+
+In a run at a URL a checkpoint is uploaded beside the training, and named once its files are up.
 """
 
 from __future__ import annotations
@@ -17,10 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sslscale import storage
 from sslscale.config import PretrainConfig
 from sslscale.errors import StageError
-from sslscale.models.image import export_backbone
-from sslscale.pretrain.engine import UNIVERSAL, Engine, make_universal
+from sslscale.models.export import export_backbone
+from sslscale.objectives.export import WEIGHTS, export_objective
+from sslscale.pretrain.engine import SHARDED, UNIVERSAL, Engine, make_universal, write_tensors
+from sslscale.pretrain.ranks import not_written
+from sslscale.pretrain.upload import Upload, fetch
 from sslscale.rundir import FORMAT_VERSION, discard, read_json, write_json
 from sslscale.shards.plan import Cursor
 
@@ -48,53 +55,102 @@ class TrainState:
 
 
 class Checkpoints:
-    """The run's list of checkpoints."""
+    """The run's list of checkpoints: the newest `keep`, and each at a multiple of `keep_every` steps (0: none)."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self.list_path = folder / "checkpoints.json"
+        self._upload: Upload | None = None
 
     def entries(self) -> list[dict[str, Any]]:
-        return read_json(self.list_path)["checkpoints"] if self.list_path.is_file() else []
+        return read_json(self.list_path)["checkpoints"] if storage.refresh(self.list_path).is_file() else []
 
     def save(self, engine: Engine, state: TrainState, size: int) -> None:
-        """Every rank calls it. The list is written by rank 0 once all ranks' files are on disk."""
+        """Every rank calls it. The list is written by rank 0 once all ranks' files are on disk, and up: see `settle`.
+
+        Raises StageError on every rank where one could not write; what the list names is as it was.
+        """
         name = f"step-{state.step:08d}"
         folder = self.folder / "checkpoints" / name
-        if dist.get_rank() == 0:
-            discard(folder)  # left by a save that never reached the list
-            folder.mkdir(parents=True)
-        dist.barrier()
-        engine.save(folder)
-        weights = engine.backbone_state()
-        if dist.get_rank() == 0:
-            torch.save(engine.objective.slow_state(), folder / "slow.pt")
-            backbone = engine.objective.backbone
-            export_backbone(backbone.config, weights, folder / "backbone", feature_dim=backbone.feature_dim, size=size)
-            for file in folder.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            entry = {
-                "name": name,
-                "world_size": engine.world_size,
-                "zero_stage": engine.zero_stage,
-                "state": state.to_json(),
-            }
-            kept = self._kept([*self.entries(), entry])
-            write_json(self.list_path, {"format_version": FORMAT_VERSION, "checkpoints": kept})
-            named = {entry["name"] for entry in kept}
-            for path in (self.folder / "checkpoints").iterdir():
-                if path.name not in named:
-                    discard(path)
+        self.settle()
+        self._raise_together(self._make(folder), folder)
+        self._raise_together(self._write(engine, folder, size), folder)
+        world = {"world_size": engine.world_size, "zero_stage": engine.zero_stage}
+        entry = {"name": name, **world, "state": state.to_json()}
+        self._upload = Upload(folder, lambda: self._commit(entry))
         dist.barrier()
 
+    def settle(self) -> None:
+        """Waits until this rank's part of the last checkpoint is up, and, on rank 0, until it is named."""
+        if self._upload is not None:
+            self._upload.settle()
+
+    @staticmethod
+    def _make(folder: Path) -> Exception | None:
+        """The folders, empty, made by rank 0: DeepSpeed would fail to make them on one rank alone."""
+        if dist.get_rank() == 0:
+            try:
+                discard(folder)  # left by a save that never reached the list
+                (folder / SHARDED).mkdir(parents=True)
+            except OSError as error:
+                return error
+        return None
+
+    @staticmethod
+    def _write(engine: Engine, folder: Path, size: int) -> Exception | None:
+        """This rank's files, on disk when it returns; what kept it from writing them, where something did."""
+        failure = engine.save(folder)
+        state = engine.whole_state()
+        if dist.get_rank() != 0 or failure is not None:
+            return failure
+        backbone, model = engine.objective.backbone, "backbone.model."
+        weights = {name.removeprefix(model): value for name, value in state.items() if name.startswith(model)}
+        config = engine.config
+        try:
+            write_tensors(engine.objective.slow_state(), folder / "slow.pt")
+            sha256 = export_backbone(backbone, weights, folder / "backbone", size=size)
+            export_objective(
+                engine.objective, config.objective, config.views, state, folder / "objective", backbone=sha256
+            )
+            _sync(folder / "backbone" / "backbone.safetensors")
+            _sync(folder / "objective" / WEIGHTS)
+        except Exception as error:  # the other ranks wait to hear of it
+            return error
+        return None
+
+    @staticmethod
+    def _raise_together(failure: Exception | None, folder: Path) -> None:
+        """Throws away what the ranks have written where one of them failed: it may be what fills the disk."""
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, None if failure is None else str(failure))
+        first = next(filter(None, failures), None)
+        if first is None:
+            return
+        error = not_written(first, folder)
+        if dist.get_rank() == 0:
+            discard(folder)
+        dist.barrier()
+        raise error
+
+    def _commit(self, entry: dict[str, Any]) -> None:
+        """Names a checkpoint whose files are all there, then removes those that are named no more."""
+        kept = self._kept([*self.entries(), entry])
+        try:
+            write_json(self.list_path, {"format_version": FORMAT_VERSION, "checkpoints": kept})
+        except OSError:  # a full disk: what nothing names only fills it more
+            discard(self.folder / "checkpoints" / entry["name"])
+            raise
+        named = {entry["name"] for entry in kept}
+        for name in storage.names(self.folder / "checkpoints"):
+            if name not in named:
+                discard(self.folder / "checkpoints" / name)
+
     def _kept(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The newest, and the last healthy one before them where none of them is."""
+        """The newest, those kept for ever, and the last healthy one before the newest where none of them is."""
         newest, older = entries[-self.keep :], entries[: -self.keep]
         healthy = [] if any(map(_healthy, newest)) else [entry for entry in older if _healthy(entry)][-1:]
-        return [*healthy, *newest]
+        lasting = [entry for entry in older if self.keep_every and entry["state"]["step"] % self.keep_every == 0]
+        return [*(entry for entry in older if entry in healthy or entry in lasting), *newest]
 
     def last_healthy(self) -> Path | None:
         """The newest checkpoint whose last evaluation found the features healthy."""
@@ -115,12 +171,15 @@ class Checkpoints:
         if not entries:
             return None
         folder = self.folder / "checkpoints" / entries[-1]["name"]
+        fetch(folder)
         if self.resized(engine.config):
             self._check_resizable(engine, entries[-1])
             if dist.get_rank() == 0:
                 discard(folder / UNIVERSAL)
                 make_universal(folder)
+                storage.publish_tree(folder / UNIVERSAL)
             dist.barrier()
+            fetch(folder / UNIVERSAL)
         engine.load(folder)
         slow = torch.load(folder / "slow.pt", map_location=engine.device, weights_only=True)
         engine.objective.load_slow_state(slow)

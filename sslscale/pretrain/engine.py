@@ -93,6 +93,8 @@ class Engine:
             config=self._deepspeed_config() | ({"checkpoint": {"load_universal": True}} if universal else {}),
             dist_init_required=False,
         )
+        self._engine.checkpoint_engine.save = self._write
+        self._engine._copy_recovery_script = lambda folder: None  # scripts that `backbone/` spares a reader
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._bad_in_a_row = 0
         self.bad_steps = 0
@@ -105,7 +107,7 @@ class Engine:
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.passes,
             "gradient_clipping": config.optimizer.clip_norm,
-            "zero_optimization": {"stage": config.zero_stage},
+            "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
@@ -153,9 +155,18 @@ class Engine:
                 fix="lower pretrain.optimizer.lr or set clip_norm; the last good checkpoint is intact",
             )
 
-    def save(self, folder: Path) -> None:
-        """Writes DeepSpeed's sharded state into `folder`; every rank calls it."""
+    def save(self, folder: Path) -> Exception | None:
+        """Writes DeepSpeed's sharded state into `folder`; every rank calls it. Returns why this rank could not."""
+        self._not_written: Exception | None = None
         self._engine.save_checkpoint(str(folder), tag=SHARDED, save_latest=False)
+        return self._not_written
+
+    def _write(self, state_dict: Any, path: str) -> None:
+        """DeepSpeed's writer. It must return where it fails, too: the other ranks wait in DeepSpeed's own barriers."""
+        try:
+            write_tensors(state_dict, Path(path))
+        except Exception as error:
+            self._not_written = error
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`; an engine made with `universal` reads what `make_universal` wrote."""
@@ -170,15 +181,30 @@ class Engine:
         if loaded is None:
             raise StageError("pretrain: DeepSpeed cannot load its checkpoint", got=str(folder))
 
-    def backbone_state(self) -> dict[str, Tensor]:
-        """The backbone's whole state dict (on rank 0; gathered from all ranks under ZeRO 3)."""
-        model = self.objective.backbone.model
+    def whole_state(self) -> dict[str, Tensor]:
+        """The objective's whole state dict (on rank 0; gathered from all ranks under ZeRO 3)."""
         if self.zero_stage < 3:
-            return model.state_dict()
+            return self.objective.state_dict()
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        with deepspeed.zero.GatheredParameters(list(self.objective.parameters())):
+            return {name: value.detach().cpu().clone() for name, value in self.objective.state_dict().items()}
+
+
+def _offload(config: PretrainConfig) -> dict[str, Any]:
+    """torch's own AdamW on the host: DeepSpeed's would need a compiler on every machine."""
+    return {} if config.offload_optimizer == "none" else {"offload_optimizer": {"device": config.offload_optimizer}}
+
+
+def write_tensors(state: Any, path: Path) -> None:
+    """torch.save, on disk when it returns. OSError where there is no room."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # torch's writer hides the reason behind a complaint about its own position
+        raise error.__context__ or error from None
 
 
 def make_universal(folder: Path) -> None:

@@ -8,9 +8,6 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.linear_model import RidgeClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from sslscale.config import CollapseConfig, RunConfig
@@ -18,13 +15,15 @@ from sslscale.errors import UserError
 from sslscale.features.health import alignment, alpha_req, feature_std, lidar, rankme, uniformity
 from sslscale.models.collectives import gather_rows
 from sslscale.objectives.base import Objective
+from sslscale.shards.cache import ShardCache
 from sslscale.shards.dataset import ShardSet, open_shards
-from sslscale.shards.decode import DecodeError, decode_image, label_of
-from sslscale.shards.plan import Span
-from sslscale.shards.stream import Sample, read_spans
-from sslscale.views.image import augment, to_float
+from sslscale.shards.decode import DecodeError, label_of
+from sslscale.shards.readers import Reader
+from sslscale.shards.stream import Sample, read_spans, spread_spans
+from sslscale.views.base import as_input
 from sslscale.views.keyed import KeyedRandom
 
+SUSPICIOUS_SHARE = 0.9
 _BATCH = 256
 _VIEWED, _VIEWS = 256, 4  # samples whose views are compared, and views of each
 
@@ -34,18 +33,35 @@ def is_healthy(measured: dict[str, float], guard: CollapseConfig) -> bool:
     return measured["feature_std"] >= guard.min_feature_std and measured["rankme"] >= guard.min_rankme
 
 
-class Evaluator:
-    """Reads its samples once; each evaluation is one pass of the backbone, shared between the ranks."""
+def warnings_of(measured: dict[str, float], guard: CollapseConfig | None) -> list[str]:
+    """What an evaluation says is wrong, for a reader who does not know its numbers."""
+    found = []
+    if guard is not None and not is_healthy(measured, guard):
+        found.append(f"the features have collapsed: feature_std {measured['feature_std']:.4g}")
+    if measured.get("largest_cluster", 0.0) > SUSPICIOUS_SHARE:
+        found.append(f"one cluster holds {measured['largest_cluster']:.1%} of the evaluated samples")
+    return found
 
-    def __init__(self, config: RunConfig, shards: ShardSet, device: torch.device) -> None:
+
+class Evaluator:
+    """Reads its samples once; each evaluation is one pass of the backbone, shared between the ranks.
+
+    `reader` makes inputs of the size that the exported backbone is given later, too.
+    """
+
+    def __init__(self, config: RunConfig, shards: ShardSet, reader: Reader, device: torch.device) -> None:
         assert config.pretrain is not None
         self.config, self.device = config.pretrain, device
-        self.size = config.pretrain.views.size  # what the exported backbone is given later, too
-        self.channels = config.pretrain.backbone.channels
-        self.images, _ = self._read(shards, self.config.evaluate_samples)
+        self.reader = reader
+        self.inputs, _ = self._read(shards, self.config.evaluate_samples)
+        held_out = self.config.held_out
+        self.held_out = self.inputs
+        if held_out is not None:
+            others = open_shards(config.datasets[held_out], ShardCache.of(config))
+            self.held_out, _ = self._read(others, self.config.evaluate_samples)
         self.probe: tuple[Tensor, Tensor] | None = None
         if self.config.probe is not None:
-            labelled = open_shards(config.datasets[self.config.probe.dataset])
+            labelled = open_shards(config.datasets[self.config.probe.dataset], ShardCache.of(config))
             self.probe = self._read(labelled, self.config.probe.limit)
             if (self.probe[1] < 0).any():
                 raise UserError(
@@ -53,29 +69,26 @@ class Evaluator:
                 )
 
     def _read(self, shards: ShardSet, limit: int) -> tuple[Tensor, Tensor]:
-        """uint8 images (n, C, S, S) and labels (n,), -1 where there is none; spread evenly over the dataset."""
-        stride = max(1, shards.num_samples // limit)
-        wanted = (Span(shard, r, r + 1) for shard, count in enumerate(shards.counts) for r in range(count))
-        spans = [span for i, span in enumerate(wanted) if i % stride == 0][:limit]
-        images, labels = [], []
-        for item in read_spans(shards, spans):
+        """Inputs (n, ...) and labels (n,), -1 where there is none; spread evenly over the dataset."""
+        arrays, labels = [], []
+        for item in read_spans(shards, spread_spans(shards, limit)):
             with contextlib.suppress(DecodeError):  # counted where it is trained on or embedded
                 if isinstance(item, Sample):
-                    image = decode_image(item.data, channels=self.channels, size=self.size)
+                    array = self.reader.read(item.data)
                     label = label_of(item.data)
-                    images.append(torch.from_numpy(image))
+                    arrays.append(array)
                     labels.append(-1 if label is None else label)
-        return torch.stack(images), torch.tensor(labels)
+        return self.reader.collate(arrays), torch.tensor(labels)
 
     @torch.no_grad()
     def evaluate(self, objective: Objective) -> dict[str, float]:
         """The same on every rank: `feature_std` (times sqrt(D): 1 is spread evenly), `rankme`, `alpha_req`,
-        `uniformity` of still images; `alignment` and `lidar` of augmented views; `knn_accuracy` and
-        `linear_accuracy` with a probe.
+        `uniformity` of the inputs as they are; `alignment` and `lidar` of augmented views; `knn_accuracy` and
+        `linear_accuracy` with a probe; and what the objective itself measures on held-out samples.
         """
         training = objective.training
         objective.eval()
-        features = self._features(objective, self.images).double().cpu().numpy()
+        features = self._features(objective, self.inputs).double().cpu().numpy()
         views = self._views(objective).double().cpu().numpy()  # (n, q, D)
         measured = {
             "feature_std": feature_std(features) * features.shape[1] ** 0.5,
@@ -87,27 +100,38 @@ class Evaluator:
         }
         if self.probe is not None:
             assert self.config.probe is not None
-            images, labels = self.probe
-            measured |= probe(self._features(objective, images).cpu(), labels, self.config.probe.k)
+            inputs, labels = self.probe
+            measured |= probe(self._features(objective, inputs).cpu(), labels, self.config.probe.k)
+        measured |= objective.evaluate(*self._held_out_share())
         objective.train(training)
         return {name: value for name, value in measured.items() if math.isfinite(value)}
 
+    def _held_out_share(self) -> tuple[Tensor, KeyedRandom]:
+        """This rank's share of the held-out inputs, and their draws, the same ones at every evaluation."""
+        world = dist.get_world_size()
+        ids = torch.arange(dist.get_rank(), len(self.held_out) // world * world, world)
+        inputs = as_input(self.held_out[ids].to(self.device))
+        ids = ids.to(self.device)
+        return inputs, KeyedRandom.of(0, torch.zeros_like(ids), ids).fold("held out")
+
     def _views(self, objective: Objective) -> Tensor:
         """(n, q, D): features of q augmented views, the same ones at every evaluation."""
-        images = to_float(self.images[:_VIEWED])
-        ids = torch.arange(len(images))
+        inputs = as_input(self.inputs[:_VIEWED].to(self.device))
+        ids = torch.arange(len(inputs), device=self.device)
         random = KeyedRandom.of(0, torch.zeros_like(ids), ids).fold("evaluation")
-        made = [augment(images, random.fold(f"view_{i}"), self.config.views) for i in range(_VIEWS)]
+        made = [
+            objective.backbone.augmented(inputs, random.fold(f"view_{i}"), self.config.views) for i in range(_VIEWS)
+        ]
         return torch.stack([self._features(objective, view) for view in made], dim=1)
 
-    def _features(self, objective: Objective, images: Tensor) -> Tensor:
-        """(n, C, S, S), bytes or in [0, 1] -> (n, D): each rank embeds an equal share (the last padded)."""
+    def _features(self, objective: Objective, inputs: Tensor) -> Tensor:
+        """(n, ...), as read or as input -> (n, D): each rank embeds an equal share (the last padded)."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        share = -(-len(images) // world)
-        mine = images[torch.arange(rank * share, (rank + 1) * share).clamp(max=len(images) - 1)]
+        share = -(-len(inputs) // world)
+        mine = inputs[torch.arange(rank * share, (rank + 1) * share, device=inputs.device).clamp(max=len(inputs) - 1)]
         chunks = (chunk.to(self.device) for chunk in mine.split(_BATCH))
-        parts = [objective.backbone(to_float(x) if x.dtype == torch.uint8 else x).float() for x in chunks]
-        return gather_rows(torch.cat(parts))[: len(images)]
+        parts = [objective.backbone(as_input(x)).float() for x in chunks]
+        return gather_rows(torch.cat(parts))[: len(inputs)]
 
 
 def probe(features: Tensor, labels: Tensor, k: int) -> dict[str, float]:
@@ -116,6 +140,10 @@ def probe(features: Tensor, labels: Tensor, k: int) -> dict[str, float]:
     `knn_accuracy`: a majority vote of the k nearest by cosine. `linear_accuracy`: ridge regression onto the labels, a
     linear classifier with a closed form.
     """
+    from sklearn.linear_model import RidgeClassifier  # two seconds, which only a probe is worth
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     z = F.normalize(features, dim=1)
     nearest = (z[1::2] @ z[::2].T).topk(min(k, len(z[::2])), dim=1).indices
     votes = F.one_hot(labels[::2][nearest]).sum(dim=1)

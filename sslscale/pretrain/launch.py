@@ -1,90 +1,194 @@
-"""Starts the ranks of a pretraining run: Ray Train on a cluster, torch's launcher or this process without Ray.
+"""Starts the ranks of a pretraining run, and all of them again when one is lost: the driver's side.
 
-Ranks and driver meet in the run directory: ranks leave `outcome.json` (rank 0, at the end) or `error.json` (an error
-that a restart cannot help), and look for `stop-requested`.
+start the group at a number of ranks that there is room for -> wait
+    done, or an error that would only come again  -> say so
+    a stop was asked for, and the ranks have saved -> Interrupted
+    a rank was lost                                -> again, from the last checkpoint, while checkpoints still come
+    another placement was asked for                -> again
+
+Neither torch's launcher nor Ray Train restarts by itself: they could not tell a lost rank from an error that would
+only come again, and a number of ranks that they chose might not divide the streams.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sslscale.config import RunConfig, validate
+from sslscale import storage
+from sslscale.config import PretrainConfig, RunConfig
 from sslscale.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, StageError, UserError
-from sslscale.rundir import read_json, write_json
+from sslscale.pretrain.ranks import MOVE, OUTCOME, STACKS, STOP, run_in_group, run_rank
+from sslscale.rundir import read_json
 from sslscale.runtime.base import Runtime
 
-OUTCOME, ERROR, STOP = "outcome.json", "error.json", "stop-requested"
+if TYPE_CHECKING:
+    from sslscale.pretrain.corpus import CorpusTools
+
+_LOOK_SECONDS = 10.0  # between looks at whether the cluster has room for more ranks
+_START_SECONDS = 10  # how long a group waits for its places before another size is tried
 
 
-def run_rank(settings: dict[str, Any]) -> None:
-    """One rank, inside an initialised torch.distributed. Errors that a restart cannot help are left for the driver."""
-    folder = Path(settings["folder"])
-    try:
-        from sslscale.pretrain.loop import Trainer
-
-        outcome = Trainer(folder, validate(RunConfig, settings["config"])).train()
-    except UserError as error:
-        parts = {"what": error.what, "got": _text(error.got), "allowed": _text(error.allowed), "fix": error.fix}
-        write_json(folder / ERROR, {**parts, "failed": isinstance(error, StageError)})
-        raise
-    if int(os.environ.get("RANK", "0")) == 0:
-        write_json(folder / OUTCOME, {"finished": outcome.finished, "result": outcome.result})
+class NoRoom(Exception):
+    """The group could not be placed within _START_SECONDS: no rank has run."""
 
 
-def launch(folder: Path, config: RunConfig, runtime: Runtime, tick: Callable[[], None]) -> dict[str, Any]:
+class Group(Protocol):
+    """Where ranks run. `shares_process`: a single rank runs in this process."""
+
+    shares_process: bool
+
+    def room(self) -> int:
+        """How many ranks the machines that are there now would hold."""
+        ...
+
+    def spare(self) -> int:
+        """How many ranks would find a place beside what runs now."""
+        ...
+
+    def run(self, settings: dict[str, Any], size: int) -> None:
+        """Runs `size` ranks to their end. Raises a rank's UserError, NoRoom, or whatever tells that a rank was lost."""
+        ...
+
+
+def launch(
+    folder: Path, config: RunConfig, runtime: Runtime, tools: CorpusTools, tick: Callable[[], None]
+) -> dict[str, Any]:
     """Runs all ranks to the end and returns rank 0's result; `tick` is called now and then while they work.
+
+    `tools` is what every rank's objective computes with over the whole corpus.
 
     Raises UserError or StageError as a rank raised it, StageError when ranks were lost too often, and Interrupted when
     SIGINT or SIGTERM asked for a stop and the ranks have saved.
     """
-    for name in (OUTCOME, ERROR, STOP):
-        (folder / name).unlink(missing_ok=True)
-    settings = {"folder": str(folder), "config": config.model_dump(mode="json")}
-    start = _start_ray if runtime.name == "ray" else _start_local
-    if runtime.name == "ray":
-        assert config.pretrain is not None
-        runtime.start(config.pretrain.num_workers)  # type: ignore[attr-defined] # before, since it wants this thread
-    with _stop_on_signal(folder / STOP) as interrupted:
-        failure, restarts = _restarting(lambda: start(config, settings, runtime), tick, folder, config)
-    if (folder / ERROR).exists():
-        _raise_from(folder / ERROR)
-    if failure is not None:
-        raise StageError(
-            "pretrain: the ranks stopped before the end, and restarting them did not help",
-            got=str(failure).strip().splitlines()[-1] if str(failure).strip() else type(failure).__name__,
-            fix="run the same command again: it goes on from the last checkpoint (-v shows the ranks' own output)",
-        ) from failure
-    outcome = read_json(folder / OUTCOME)
-    if not outcome["finished"]:
-        raise Interrupted(interrupted[0] if interrupted else EXIT_SIGTERM)
-    return {**outcome["result"], "restarts": restarts}
-
-
-def _restarting(
-    work: Callable[[], None], tick: Callable[[], None], folder: Path, config: RunConfig
-) -> tuple[BaseException | None, int]:
-    """Starts the ranks, and all of them again when one is lost; the run's own list says where they go on.
-
-    Neither launcher restarts by itself: it could not tell a lost rank from an error that would only come again.
-    """
     assert config.pretrain is not None
-    for attempt in range(config.pretrain.max_restarts + 1):
-        failure = _watch(work, tick)
-        if failure is None or (folder / ERROR).exists() or (folder / STOP).exists():
-            break
-        left = config.pretrain.max_restarts - attempt
-        print(
-            f"pretrain: a rank was lost ({type(failure).__name__}), {left} restarts left", file=sys.stderr, flush=True
-        )
-    return failure, attempt
+    storage.remove(folder / STOP)
+    group = _RayGroup(config.pretrain, runtime, folder) if runtime.name == "ray" else _LocalGroup(config.pretrain)
+    settings = {"folder": str(folder), "config": config.model_dump(mode="json"), "tools": tools}
+    with _stop_on_signal(folder / STOP) as interrupted:
+        result = _Launch(folder, config.pretrain, group, tick, interrupted).until_done(settings)
+    if result is None:
+        raise Interrupted(interrupted[0] if interrupted else EXIT_SIGTERM)
+    return result
+
+
+class _Launch:
+    """The restarts of one call."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: PretrainConfig,
+        group: Group,
+        tick: Callable[[], None],
+        interrupted: Sequence[int] = (),
+    ) -> None:
+        self.folder, self.config, self.group, self.tick = folder, config, group, tick
+        self._interrupted = interrupted
+        self.sizes = config.world_sizes
+        self.restarts = self.moves = 0
+        self.left = config.max_restarts
+        self._looked = time.monotonic()
+        self._stop_told = False
+
+    def until_done(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """Rank 0's result; None where the ranks have saved and stopped because they were asked to."""
+        limit = self.sizes[-1]
+        while True:
+            size = largest(self.sizes, min(limit, self.group.room()))
+            before = self._newest()
+            failure = self._attempt(settings, size)
+            if isinstance(failure, UserError):
+                raise failure
+            if isinstance(failure, NoRoom):
+                if (self.folder / STOP).exists():
+                    return None
+                limit = largest(self.sizes, size - 1)
+                _say(f"no room for {size} ranks yet, waiting")
+                continue
+            limit = self.sizes[-1]
+            if failure is not None:
+                self._count_loss(failure, progressed=self._newest() != before)
+                continue
+            outcome = read_json(storage.refresh(self.folder / OUTCOME))
+            if outcome["finished"]:
+                storage.pull(self.folder)
+                retries = outcome["result"].pop("storage_retries")
+                storage.count_retries(0 if self.group.shares_process else retries)
+                return {**outcome["result"], "restarts": self.restarts, "moves": self.moves}
+            if (self.folder / STOP).exists():
+                return None
+            self.moves += 1
+            _say("the ranks have saved, and start again where there is room")
+
+    def _attempt(self, settings: dict[str, Any], size: int) -> BaseException | None:
+        self._was_full = False
+        for name in (OUTCOME, MOVE):
+            storage.remove(self.folder / name)
+        stacks = self.folder / STACKS / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.restarts + self.moves}"
+        try:
+            return _watch(lambda: self.group.run({**settings, "stacks": str(stacks)}, size), lambda: self._tick(size))
+        finally:
+            _discard_empty(self.folder / STACKS)
+
+    def _tick(self, size: int) -> None:
+        """Shows the progress, hands on a stop, and asks the ranks to save and move where more would find a place."""
+        self.tick()
+        if self._interrupted and not self._stop_told:
+            self._stop_told = True
+            storage.write_atomic(self.folder / STOP, "")  # again: a rank may have seen that the store has none
+        if size < self.sizes[-1] and time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            grows = largest(self.sizes, size + min(self.group.spare(), self.group.room() - size)) > size
+            if grows and self._was_full:  # else the places seen may be those that this group is about to take
+                storage.write_atomic(self.folder / MOVE, "")
+            self._was_full = not grows
+
+    def _count_loss(self, failure: BaseException, progressed: bool) -> None:
+        self.left = (self.config.max_restarts if progressed else self.left) - 1
+        if self.left < 0 or (self.folder / STOP).exists():
+            lines = str(failure).strip().splitlines()
+            raise StageError(
+                "pretrain: the ranks stopped before the end, and restarting them did not help",
+                got=lines[-1] if lines else type(failure).__name__,
+                fix="run the same command again: it goes on from the last checkpoint; "
+                f"{self.folder / STACKS} says where each rank was (-v shows the ranks' own output)",
+            ) from failure
+        self.restarts += 1
+        _say(f"a rank was lost ({type(failure).__name__}); restart {self.restarts}, from the last checkpoint")
+
+    def _newest(self) -> str | None:
+        listing = self.folder / "checkpoints.json"
+        return read_json(listing)["checkpoints"][-1]["name"] if storage.refresh(listing).is_file() else None
+
+
+def largest(sizes: list[int], most: int) -> int:
+    """The largest of the ascending `sizes` that is at most `most`; the smallest where none is."""
+    return max((size for size in sizes if size <= most), default=sizes[0])
+
+
+def _say(what: str) -> None:
+    print(f"pretrain: {what}", file=sys.stderr, flush=True)
+
+
+def _discard_empty(stacks: Path) -> None:
+    """Ranks that ended well, or were killed, have left nothing to read."""
+    for file in stacks.glob("*/*"):
+        if file.stat().st_size == 0:
+            file.unlink()
+    for folder in (*stacks.glob("*"), stacks):
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def _watch(work: Callable[[], None], tick: Callable[[], None]) -> BaseException | None:
@@ -128,76 +232,156 @@ def _stop_on_signal(stop_file: Path) -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def _start_ray(config: RunConfig, settings: dict[str, Any], runtime: Runtime) -> None:
-    """Ray Train places the ranks and connects them."""
-    import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    assert config.pretrain is not None
-    use_gpu = config.pretrain.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= config.pretrain.num_workers
-    trainer = TorchTrainer(
-        run_rank,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=config.pretrain.num_workers, use_gpu=use_gpu),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RayRunConfig(
-            name=f"pretrain-{time.time_ns()}",  # a name used before would resume from Ray's own record
-            storage_path=str(Path(settings["folder"]) / "ray"),
-            failure_config=FailureConfig(max_failures=0),
-        ),
-    )
-    trainer.fit()
-
-
-def _start_local(config: RunConfig, settings: dict[str, Any], runtime: Runtime) -> None:
-    """One rank in this process; more under torch's launcher."""
-    assert config.pretrain is not None
-    if config.pretrain.num_workers == 1:
-        run_in_group(settings)
-        return
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    launch_config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.pretrain.num_workers,
-        run_id=f"pretrain-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="spawn",
-        monitor_interval=0.2,
-    )
-    elastic_launch(launch_config, run_in_group)(settings)
-
-
-def run_in_group(settings: dict[str, Any]) -> None:
-    """`run_rank` inside a process group of its own: this process alone, or what torch's launcher describes."""
-    import torch
-    import torch.distributed as dist
-
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = settings["config"]["pretrain"]["device"] != "cpu" and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+@contextlib.contextmanager
+def _environment(switches: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the block, where the user has not set them: what runs later has none of them."""
+    ours = {name: value for name, value in switches.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
-        run_rank(settings)
+        yield
     finally:
-        dist.destroy_process_group()
+        for name in ours:
+            os.environ.pop(name, None)
 
 
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
+class _LocalGroup:
+    """This machine, without Ray: one rank in this process, more under torch's launcher."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self._most = config.world_sizes[-1]
+        self.shares_process = False
+
+    def room(self) -> int:
+        return self._most  # ranks may share cores
+
+    def spare(self) -> int:
+        return 0
+
+    def run(self, settings: dict[str, Any], size: int) -> None:
+        self.shares_process = size == 1
+        if self.shares_process:
+            run_in_group({**settings, "shares_driver": True})
+            return
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        # Ranks that start again are forked from a process that has done their imports.
+        multiprocessing.set_forkserver_preload(["sslscale.pretrain.loop"])
+        launch_config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=size,
+            run_id=f"pretrain-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            start_method="forkserver",
+            monitor_interval=0.2,
+        )
+        with tempfile.TemporaryDirectory() as temporary:  # not in the run directory: its disk may be what is full
+            error = Path(temporary) / "error"
+            try:
+                elastic_launch(launch_config, run_in_group)({**settings, "shares_driver": False, "error": str(error)})
+            except ChildFailedError:
+                if error.exists():
+                    raise pickle.loads(error.read_bytes()) from None
+                raise
 
 
-def _raise_from(path: Path) -> None:
-    error = read_json(path)
-    cls = StageError if error.pop("failed") else UserError
-    raise cls(error.pop("what"), **error)
+class _RayGroup:
+    """A Ray cluster: Ray Train places the ranks and connects them."""
+
+    shares_process = False
+
+    def __init__(self, config: PretrainConfig, runtime: Runtime, folder: Path) -> None:
+        runtime.start(config.world_sizes[-1])  # type: ignore[attr-defined] # here, since it wants the main thread
+        import ray
+
+        self._config, self._storage = config, storage.shown(folder / ".ray")
+        gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= config.world_sizes[0]
+        threads = 1 if runtime.alone else config.threads  # type: ignore[attr-defined] # on one machine they share cores
+        self._each: tuple[str, int] = ("GPU", 1) if gpus else ("CPU", threads)
+        self._switches = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS)}
+        if runtime.alone:  # type: ignore[attr-defined] # no cloud takes this machine away: no process to watch for that
+            self._switches["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+
+    def room(self) -> int:
+        import ray
+
+        return sum(self._places(node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+    def spare(self) -> int:
+        import ray
+
+        return self._places(ray.available_resources())
+
+    def _places(self, resources: Mapping[str, float]) -> int:
+        kind, amount = self._each
+        return int(resources.get(kind, 0) // amount)
+
+    def run(self, settings: dict[str, Any], size: int) -> None:
+        import ray
+        from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroupError
+        from ray.train import RunConfig as RayRunConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        kind, amount = self._each
+        error: Any = ray.remote(num_cpus=0)(_FirstError).options(scheduling_strategy=_here()).remote()
+        trainer = TorchTrainer(
+            _run_rank_on_ray,
+            train_loop_config={**settings, "shares_driver": False, "error": error},
+            scaling_config=ScalingConfig(
+                num_workers=size, use_gpu=kind == "GPU", resources_per_worker={kind: float(amount)}
+            ),
+            torch_config=TorchConfig(
+                backend="nccl" if kind == "GPU" else "gloo", timeout_s=int(self._config.collective_timeout_s) + 1
+            ),
+            run_config=RayRunConfig(
+                name=f"pretrain-{time.time_ns()}",  # a name used before would resume from Ray's own record
+                storage_path=self._storage,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            ),
+        )
+        try:
+            with _environment(self._switches):
+                trainer.fit()
+        except ControllerError as failure:
+            if type(failure.controller_failure).__name__.startswith("WorkerGroupStartup"):
+                raise NoRoom from failure
+            raise
+        except WorkerGroupError:
+            known: UserError | None = ray.get(error.get.remote())
+            if known is None:
+                raise
+            raise known from None
+
+
+class _FirstError:
+    """An actor beside the driver, for the error that a restart cannot help: Ray Train would hand on its text."""
+
+    def __init__(self) -> None:
+        self._error: UserError | None = None
+
+    def put(self, error: UserError) -> None:
+        self._error = self._error or error
+
+    def get(self) -> UserError | None:
+        return self._error
+
+
+def _here() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _run_rank_on_ray(settings: dict[str, Any]) -> None:
+    import ray
+    import ray.train
+
+    try:
+        run_rank(settings, notice=lambda: ray.train.get_preemption_info() is not None)
+    except UserError as error:
+        ray.get(settings["error"].put.remote(error))
+        raise

@@ -2,6 +2,7 @@
 
 open the shards -> build the objective and its engine -> go on from the last checkpoint
 repeat:
+    at the steps that the objective declares: prepare it by passes over the corpus
     read this rank's share of the next global batch -> make its views -> engine step -> objective.after_step
     now and then: log, evaluate without labels, checkpoint and export the backbone
 finish: final evaluation, checkpoint, RUN/pretrain/backbone
@@ -9,11 +10,13 @@ finish: final evaluation, checkpoint, RUN/pretrain/backbone
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import itertools
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,24 +24,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sslscale import storage
 from sslscale.config import PretrainConfig, RunConfig
 from sslscale.errors import StageError
-from sslscale.models.image import Backbone, copy_backbone
+from sslscale.models.base import Encoder
+from sslscale.models.export import build_backbone, copy_backbone
 from sslscale.models.initial import load_weights
 from sslscale.objectives import build_objective
+from sslscale.objectives.base import Moment
+from sslscale.objectives.export import copy_objective
 from sslscale.pretrain.checkpoint import Checkpoints, TrainState
+from sslscale.pretrain.corpus import CorpusTools, TrainingCorpus
 from sslscale.pretrain.engine import Engine
-from sslscale.pretrain.evaluate import Evaluator, is_healthy
-from sslscale.pretrain.launch import STOP
+from sslscale.pretrain.evaluate import Evaluator, is_healthy, warnings_of
+from sslscale.pretrain.ranks import MOVE, STOP
 from sslscale.rundir import Metrics, write_atomic
+from sslscale.runtime.allocator import keep_freed_memory
+from sslscale.shards.cache import ShardCache
 from sslscale.shards.dataset import open_shards
-from sslscale.shards.decode import decode_image
 from sslscale.shards.loader import RawBatch, TrainLoader
-from sslscale.views.base import Batch
-from sslscale.views.image import to_float
+from sslscale.shards.plan import Cursor
+from sslscale.views.base import Batch, as_input
 from sslscale.views.keyed import KeyedRandom
 
 FAILED = "failed/samples.jsonl"
+FITTED = "fitted"
+"""The folder of what was made of the corpus for the backbone, before training."""
 
 
 @dataclass(frozen=True)
@@ -60,39 +71,71 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def initial_backbone(config: PretrainConfig) -> Backbone:
-    """The backbone that training starts from, at random weights or at those of `init_from`."""
-    backbone = Backbone(config.backbone)
+def initial_backbone(config: PretrainConfig, folder: Path) -> Encoder:
+    """The backbone that training in `folder` starts from, at random weights or at those of `init_from`."""
+    backbone = build_backbone(config.backbone, storage.bring_tree(folder / FITTED))
     if config.init_from is not None:
         load_weights(backbone, config.init_from)
     if config.freeze_backbone:
         backbone.freeze()
+    if config.activation_checkpointing:
+        backbone.checkpoint_activations()
     return backbone
 
 
 class Trainer:
-    """One rank of a pretraining run. torch.distributed is initialised by whoever launched this process."""
+    """One rank of a pretraining run. torch.distributed is initialised by whoever launched this process.
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
+    `tools` computes what an objective asks of the whole corpus. `feed` is called before everything that takes long, for
+    a watchdog; `notice` says that the ranks should save and stop, and is asked equally often on every rank.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        tools: CorpusTools,
+        *,
+        feed: Callable[[], None] = lambda: None,
+        notice: Callable[[], bool] = lambda: False,
+    ) -> None:
         assert config.pretrain is not None
+        self.feed, self.notice = feed, notice
+        feed()
         self.folder, self.run_config, self.config = folder, config, config.pretrain
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = pick_device(self.config.device)
         torch.set_num_threads(self.config.threads)
-        cache = folder.parent / "cache" / self.config.dataset
-        self.shards = open_shards(config.datasets[self.config.dataset], cache=cache, limit=config.limit)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.shards = open_shards(config.datasets[self.config.dataset], ShardCache.of(config), config.limit)
         self.total_steps = self._total_steps()
-        self.size = self.config.load_size or self.config.views.size
         torch.manual_seed(config.seed)  # the same initial weights on every rank
-        backbone = initial_backbone(self.config)
+        backbone = initial_backbone(self.config, folder)
         objective = build_objective(self.config.objective, backbone, self.config.views).to(self.device)
         self.objective = objective
-        self.checkpoints = Checkpoints(folder, self.config.keep_checkpoints)
+        channels, input_size = self.config.backbone.channels, self.config.backbone.input_size(self.config.views)
+        self.reader = backbone.reader(channels, self.config.load_size or input_size)
+        self.corpus = TrainingCorpus(
+            self.shards,
+            objective,
+            tools,
+            reader=self.reader,
+            decode_threads=self.config.decode_threads,
+            device=self.device,
+            threads=self.config.threads,
+            seed=config.seed,
+            feed=feed,
+        )
+        self.checkpoints = Checkpoints(folder, self.config.keep_checkpoints, self.config.keep_every)
+        # at the very start, before there is an engine: it may set trained parameters
+        prepared = 0.0 if self.checkpoints.entries() else self._prepare(0)
         resized = self.checkpoints.resized(self.config)
         self.engine = Engine(objective, self.config, self.total_steps, self.device, universal=resized)
-        self.state = self.checkpoints.load_last(self.engine) or TrainState()
+        self.state = self.checkpoints.load_last(self.engine) or TrainState(seconds=prepared)
         self.metrics = Metrics(folder / "metrics.jsonl") if self.rank == 0 else None
-        self.evaluator = Evaluator(config, self.shards, self.device)
+        self.traced = Metrics(folder / "samples.jsonl") if self.rank == 0 and self.config.trace_samples else None
+        self.evaluator = Evaluator(config, self.shards, backbone.reader(channels, input_size), self.device)
         self.failures = self._read_failures() if self.state.step else {}
         self.restarted_at = self.state.step
 
@@ -104,36 +147,66 @@ class Trainer:
 
     def train(self) -> RankResult:
         """Runs to the last step, or to the step at which a stop was asked for."""
-        if self.metrics is not None:
-            self.metrics.keep(lambda line: line["step"] <= self.state.step)
+        for log in filter(None, (self.metrics, self.traced)):
+            log.keep(lambda line: line["step"] <= self.state.step)
         board = self._tensorboard()
         stop = False
-        cursors = self.state.cursors
-        with self._loader(cursors) as loader:
-            batches = iter(loader)
-            while self.state.step < self.total_steps and not stop:
-                begin = time.perf_counter()
-                waited = loader.wait_seconds
-                raw = next(batches)
-                wait = loader.wait_seconds - waited
-                stop_asked = self.rank == 0 and (self.folder / STOP).exists()
-                outcome = self.engine.step(self._micro_batches(raw), self.state.step, stop=stop_asked)
-                if outcome.applied:
-                    self.objective.after_step((self.state.step + 1) / self.total_steps)
-                stop = outcome.stop
-                self._advance(raw, time.perf_counter() - begin, wait)
-                self._log(outcome.metrics, board)
-                if self._due(self.config.evaluate_every) or self._due(self.config.checkpoint_every):
-                    self._evaluate(board)
-                if stop or self._due(self.config.checkpoint_every):
-                    self._checkpoint()
+        while self.state.step < self.total_steps and not stop:
+            if self.state.step:
+                self.state.seconds += self._prepare(self.state.step)
+            stop = self._train_until_prepared(board)
+        self.checkpoints.settle()
         if self.state.step < self.total_steps:
             return RankResult(finished=False, result={})
         return self._finish(board)
 
-    def _loader(self, cursors: dict[int, Any]) -> TrainLoader:
+    def _prepares_at(self, step: int) -> bool:
+        return self.objective.prepares_at(self._moment(step))
+
+    def _prepare(self, step: int) -> float:
+        """Prepares the objective where that is due; returns the seconds that it took."""
+        begin = time.perf_counter()
+        if self._prepares_at(step):
+            if step == 0 and self.config.init_from is None:
+                self.corpus.settle(self.objective.backbone)
+            self.objective.prepare(self.corpus, self._moment(step))
+        return time.perf_counter() - begin
+
+    def _moment(self, step: int) -> Moment:
+        return Moment(step, max(1, self.shards.num_samples // self.config.global_batch), self.total_steps)
+
+    def _train_until_prepared(self, board: Any) -> bool:
+        """Steps up to the next one that something is prepared at, whose batches may depend on it, or to the last one.
+
+        Returns whether a stop was asked for.
+        """
+        stop = False
+        with self._loader() as loader:
+            batches = iter(loader)
+            while not stop:
+                self.feed()
+                begin = time.perf_counter()
+                waited = loader.wait_seconds
+                raw = next(batches)
+                wait = loader.wait_seconds - waited
+                outcome = self.engine.step(self._micro_batches(raw), self.state.step, stop=self._stop_asked())
+                if outcome.applied:
+                    self.objective.after_step((self.state.step + 1) / self.total_steps)
+                stop = outcome.stop
+                self._advance(raw, time.perf_counter() - begin, wait)
+                self._trace(raw)
+                self._log(outcome.metrics, board)
+                save = self._due(self.config.checkpoint_every) or self._due(self.config.keep_every)
+                if save or self._due(self.config.evaluate_every):
+                    self._evaluate(board)
+                if save or stop:
+                    self._checkpoint()
+                if self.state.step >= self.total_steps or self._prepares_at(self.state.step):
+                    break
+        return stop
+
+    def _loader(self) -> TrainLoader:
         config = self.config
-        decode = functools.partial(decode_image, channels=config.backbone.channels, size=self.size)
         return TrainLoader(
             self.shards,
             rank=self.rank,
@@ -142,11 +215,17 @@ class Trainer:
             global_batch=config.global_batch,
             seed=self.run_config.seed,
             shuffle_block=config.shuffle_block,
-            cursors=[cursors[s] for s in range(config.num_streams)] if cursors else None,
-            decode=decode,
+            cursors=[self.state.cursors.get(stream, Cursor()) for stream in range(config.num_streams)],
+            reader=self.reader,
             decode_threads=config.decode_threads,
             prefetch=config.prefetch,
+            partners=self._partners,
         )
+
+    def _partners(self, ids: torch.Tensor, epochs: torch.Tensor) -> torch.Tensor | None:
+        random = KeyedRandom.of(self.run_config.seed, epochs.to(self.device), ids.to(self.device))
+        found = self.objective.partners(ids.to(self.device), random.fold("partners"))
+        return None if found is None else found.cpu()
 
     def _micro_batches(self, raw: RawBatch) -> list[Batch]:
         """Views of this rank's samples, cut into the passes of one step."""
@@ -154,13 +233,19 @@ class Trainer:
         batches = []
         for start in range(0, len(raw.ids), size):
             part = slice(start, start + size)
-            images = to_float(raw.images[part].to(self.device, non_blocking=True))
             ids, epochs = raw.ids[part].to(self.device), raw.epochs[part].to(self.device)
             random = KeyedRandom.of(self.run_config.seed, epochs, ids)
-            with torch.no_grad():
-                views = self.objective.views(images, random.fold("views"))
-            batches.append(Batch(views, random.fold("objective")))
+            batch = self._batch(raw.inputs[part], random, ids)
+            if raw.partners is not None:
+                beside = self._batch(raw.partners[part], random.fold("partner"), ids)
+                batch = dataclasses.replace(batch, partner=beside)
+            batches.append(batch)
         return batches
+
+    @torch.no_grad()
+    def _batch(self, raw: torch.Tensor, random: KeyedRandom, ids: torch.Tensor) -> Batch:
+        inputs = as_input(raw.to(self.device, non_blocking=True))
+        return Batch(self.objective.make_views(inputs, random.fold("views")), random.fold("objective"), ids)
 
     def _advance(self, raw: RawBatch, seconds: float, wait: float) -> None:
         state = self.state
@@ -175,9 +260,22 @@ class Trainer:
             record = {"key": failure.key, "shard": shard, "record": failure.record, "reason": failure.reason}
             self.failures[shard, failure.record] = record
 
+    def _stop_asked(self) -> bool:
+        """A file on rank 0; and, now and then since every rank has to ask, a notice about its machines."""
+        noticed = self._due(self.config.log_every) and self.notice()
+        return noticed or (self.rank == 0 and any(storage.appeared(self.folder / name) for name in (STOP, MOVE)))
+
+    def _trace(self, raw: RawBatch) -> None:
+        if not self.config.trace_samples:
+            return
+        gathered: list[list[str]] = [[]] * self.world_size
+        dist.all_gather_object(gathered, raw.keys)
+        if self.traced is not None:
+            self.traced.append(step=self.state.step, keys=sorted(itertools.chain.from_iterable(gathered)))
+
     def _read_failures(self) -> dict[tuple[str, int], dict[str, Any]]:
         """What was found unreadable before the checkpoint that this run goes on from: (shard, record) -> its line."""
-        path = self.folder / FAILED
+        path = storage.bring(self.folder / FAILED)
         lines = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
         return {(line["shard"], line["record"]): line for line in lines}
 
@@ -194,6 +292,7 @@ class Trainer:
         self._write(line, board, "train")
 
     def _evaluate(self, board: Any) -> dict[str, float]:
+        self.feed()
         measured = self.evaluator.evaluate(self.objective)
         healthy = self.config.collapse is None or is_healthy(measured, self.config.collapse)
         self.state.unhealthy_evaluations = 0 if healthy else self.state.unhealthy_evaluations + 1
@@ -229,6 +328,7 @@ class Trainer:
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.state.step)
 
     def _checkpoint(self) -> None:
+        self.feed()
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, (self.state.cursors, self.failures))
         for cursors, failures in gathered:
@@ -237,11 +337,21 @@ class Trainer:
         if self.rank == 0 and self.failures:
             lines = [json.dumps(self.failures[sample]) for sample in sorted(self.failures)]
             write_atomic(self.folder / FAILED, "\n".join(lines) + "\n")
-        self.checkpoints.save(self.engine, self.state, self.config.views.size)
+        for log in filter(None, (self.metrics, self.traced)):
+            log.publish()
+        if self.rank == 0:
+            storage.publish_tree(self.folder / "tensorboard")
+        self.checkpoints.save(self.engine, self.state, self.config.backbone.input_size(self.config.views))
 
     def _newer(self, stream: int, cursor: Any) -> bool:
         known = self.state.cursors.get(stream)
         return known is None or (cursor.epoch, cursor.position) > (known.epoch, known.position)
+
+    def _retries(self) -> int:
+        """Requests to a store that the ranks had to send again."""
+        counts = [0] * self.world_size
+        dist.all_gather_object(counts, storage.retries())
+        return sum(counts)
 
     def _versions(self) -> dict[str, str]:
         """What this rank really runs; Ray's only where Ray started it."""
@@ -249,8 +359,10 @@ class Trainer:
         return {**self.engine.versions, **started_by}
 
     def _finish(self, board: Any) -> RankResult:
+        self.state.seconds += self._prepare(self.total_steps)
         measured = self._evaluate(board)
         self._checkpoint()
+        self.checkpoints.settle()
         share = len(self.failures) / self.shards.num_samples
         if share > self.config.max_failed_share:
             raise StageError(
@@ -261,8 +373,9 @@ class Trainer:
             )
         if self.rank == 0:
             board.close()
-            last = self.checkpoints.entries()[-1]["name"]
-            copy_backbone(self.folder / "checkpoints" / last / "backbone", self.folder / "backbone")
+            last = self.folder / "checkpoints" / self.checkpoints.entries()[-1]["name"]
+            copy_objective(last / "objective", self.folder / "objective")
+            copy_backbone(last / "backbone", self.folder / "backbone")
         dist.barrier()
         state = self.state
         result = {
@@ -283,6 +396,8 @@ class Trainer:
             "data_wait_share": state.wait_seconds / state.seconds,
             "num_parameters": sum(p.numel() for p in self.objective.parameters()),
             "measures": measured,
+            "warnings": warnings_of(measured, self.config.collapse),
             "healthy": state.unhealthy_evaluations == 0,
+            "storage_retries": self._retries(),
         }
         return RankResult(finished=True, result=result)

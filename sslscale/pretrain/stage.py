@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sslscale import storage
 from sslscale.config import PretrainConfig, RunConfig
 from sslscale.errors import UserError, did_you_mean
 from sslscale.objectives import objective_settings
@@ -12,7 +15,12 @@ from sslscale.pretrain.launch import launch
 from sslscale.rundir import Metrics, RunDir
 from sslscale.runtime.base import Runtime
 from sslscale.runtime.progress import Progress
+from sslscale.shards.cache import ShardCache
 from sslscale.shards.dataset import ShardSet, open_shards
+from sslscale.shards.stream import Sample, read_spans, spread_spans
+
+if TYPE_CHECKING:
+    from sslscale.pretrain.corpus import CorpusTools
 
 
 def dataset_shards(run: RunDir, config: RunConfig, dataset: str) -> ShardSet:
@@ -23,11 +31,13 @@ def dataset_shards(run: RunDir, config: RunConfig, dataset: str) -> ShardSet:
             allowed=", ".join(config.datasets) or "none yet",
             fix=f"add datasets.{dataset}=SHARDS",
         )
-    return open_shards(config.datasets[dataset], cache=run.path / "cache" / dataset, limit=config.limit)
+    return open_shards(config.datasets[dataset], cache=ShardCache.of(config), limit=config.limit)
 
 
-def run_pretrain(run: RunDir, config: RunConfig, runtime: Runtime, *, overwrite: bool = False) -> dict[str, Any]:
-    """Trains, or goes on training, RUN/pretrain. Returns its result.json."""
+def run_pretrain(
+    run: RunDir, config: RunConfig, runtime: Runtime, tools: CorpusTools, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Trains, or goes on training, RUN/pretrain; `tools` as for `launch`. Returns its result.json."""
     if config.pretrain is None:
         raise UserError("the config has no pretrain section", fix="add one, or give embed.backbone a backbone/ folder")
     shards = dataset_shards(run, config, config.pretrain.dataset)
@@ -39,16 +49,19 @@ def run_pretrain(run: RunDir, config: RunConfig, runtime: Runtime, *, overwrite:
         )
     if config.pretrain.probe is not None:
         dataset_shards(run, config, config.pretrain.probe.dataset)
-    cls, objective = objective_settings(config.pretrain.objective)
-    _check_views(cls, config)
+    if config.pretrain.held_out is not None:
+        dataset_shards(run, config, config.pretrain.held_out)
+    _, objective = objective_settings(config.pretrain.objective)
+    _check_views(config)
     settings = {**config.pretrain.identity(), "seed": config.seed}
     settings["objective"] = {"name": config.pretrain.objective["name"], **objective}
     parents = {"shards": shards.fingerprint, **_initial_weights(config.pretrain)}
     stage = run.open_stage("pretrain", None, settings, parents, overwrite=overwrite)
     if stage.done:
         return stage.result
+    fit_backbone(stage.path, config.pretrain, shards)
     with Progress("pretrain", unit="steps") as progress:
-        result = launch(stage.path, config, runtime, _follow(stage.path, progress))
+        result = launch(stage.path, config, runtime, tools, _follow(stage.path, progress))
     return stage.finish(result)
 
 
@@ -56,31 +69,61 @@ def _initial_weights(config: PretrainConfig) -> dict[str, str]:
     """The hash of the weights that training starts from, where there are any, after trying whether they fit."""
     if config.init_from is None:
         return {}
-    from sslscale.models.image import Backbone
+    from sslscale.models.export import build_backbone
     from sslscale.models.initial import hash_weights, load_weights
 
     sha256 = hash_weights(config.init_from, config.backbone)
-    load_weights(Backbone(config.backbone), config.init_from)
+    load_weights(build_backbone(config.backbone), config.init_from)
     return {"init_from": sha256}
 
 
-def _check_views(cls: Any, config: RunConfig) -> None:
+def fit_backbone(folder: Path, config: PretrainConfig, shards: ShardSet) -> None:
+    """Makes what the backbone needs of the corpus before it can be built, a tokenizer, in the folder of the stage.
+
+    With `init_from` it is what those weights were trained with.
+    """
+    from sslscale.models.export import backbone_class
+    from sslscale.models.initial import initial_files
+    from sslscale.pretrain.loop import FITTED
+
+    cls, target = backbone_class(config.backbone.library), folder / FITTED
+    if all(storage.bring(target / name).is_file() for name in cls.FILES):
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    if config.init_from is not None:
+        for name in cls.FILES:
+            shutil.copyfile(storage.bring(initial_files(config.init_from) / name), target / name)
+    else:
+        cls.fit(config.backbone, lambda limit: _samples(shards, limit), target)
+    storage.publish_tree(target)
+
+
+def _samples(shards: ShardSet, limit: int) -> Iterator[dict[str, Any]]:
+    read = read_spans(shards, spread_spans(shards, limit))
+    return (item.data for item in read if isinstance(item, Sample))
+
+
+def _check_views(config: RunConfig) -> None:
     """Builds the objective once, on no data, so that what it refuses is refused before any rank starts."""
     import torch
 
-    from sslscale.models.image import Backbone
+    from sslscale.models.export import build_backbone
     from sslscale.objectives import build_objective
     from sslscale.pretrain.engine import accumulation
 
     assert config.pretrain is not None
     with torch.device("meta"):
-        build_objective(config.pretrain.objective, Backbone(config.pretrain.backbone), config.pretrain.views)
-    accumulation(config.pretrain, config.pretrain.num_workers, cls.needs_whole_batch)
-    if config.pretrain.zero_stage > cls.max_zero_stage:
+        backbone = build_backbone(config.pretrain.backbone)
+        if config.pretrain.activation_checkpointing:
+            backbone.checkpoint_activations()
+        objective = build_objective(config.pretrain.objective, backbone, config.pretrain.views)
+    for world_size in config.pretrain.world_sizes:
+        accumulation(config.pretrain, world_size, objective.needs_whole_batch)
+    if config.pretrain.zero_stage > objective.max_zero_stage:
         raise UserError(
             f"the objective {config.pretrain.objective['name']!r} reads whole parameters after every step",
             got=f"pretrain.zero_stage={config.pretrain.zero_stage}, which leaves each rank a part of them",
-            allowed=f"pretrain.zero_stage <= {cls.max_zero_stage}",
+            allowed=f"pretrain.zero_stage <= {objective.max_zero_stage}",
         )
 
 

@@ -22,6 +22,20 @@ def codecs(dim: int, code_bytes: list[int], pca_dims: list[int]) -> dict[str, st
     return {**named, "RaBitQ": f"RR{dim},RaBitQ"}
 
 
+def empty_codec(factory: str, dim: int) -> faiss.Index:
+    """The codec that a factory string names.
+
+    faiss's PCA subtracts the mean and, on the way back, adds only what of it lies in the subspace that was kept: the
+    rows are centred before it.
+    """
+    codec = faiss.index_factory(dim, factory)
+    if factory.startswith("PCA"):
+        centring = faiss.CenteringTransform(dim)
+        centring.this.disown()  # the codec frees its transforms itself
+        codec.prepend_transform(centring)
+    return codec
+
+
 def measure(codec: faiss.Index, x: np.ndarray, at: np.ndarray, truth: np.ndarray, candidates: int) -> dict[str, Any]:
     """One line of the table, for a trained and empty `codec`, on rows x (N, D) fp32 with queries x[at].
 

@@ -18,7 +18,7 @@ from sslscale.errors import UserError, missing_package
 from sslscale.features import FeatureSet, open_features, sample_positions
 from sslscale.features.distance import prepare
 from sslscale.features.files import replacing, write_npy
-from sslscale.reduce.compress import codecs, measure, neighbours
+from sslscale.reduce.compress import codecs, empty_codec, measure, neighbours
 from sslscale.reduce.maps import two_dimensions
 from sslscale.rundir import RunDir, Stage
 from sslscale.runtime.base import Runtime, compute_threads
@@ -73,7 +73,7 @@ def _table(stage: Stage, settings: ReduceConfig, seed: int, features: FeatureSet
     table = [{"method": "fp32", "factory": "Flat", "bytes_per_vector": 4 * features.dim, **_lossless()}]
     with Progress("reduce", total=len(methods), unit="codecs") as progress:
         for method, factory in methods.items():
-            codec = faiss.index_factory(features.dim, factory)
+            codec = empty_codec(factory, features.dim)
             codec.train(x)
             path = stage.path / "codecs" / f"{method}.faiss"
             with replacing(path) as temporary:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 300, 100
 MAX_POINTS = 240
+GOLDEN_ANGLE = 137.508  # degrees: neighbouring numbers get hues far apart
 
 
 def line_chart(steps: Sequence[float], values: Sequence[float], alt: str) -> Markup:
@@ -40,6 +41,19 @@ def bar_chart(values: Sequence[float], alt: str, titles: Sequence[str] = (), mar
         y = HEIGHT * (1 - mark / top)
         bars.append(f'<line class="mark" x1="0" x2="{WIDTH}" y1="{y:.2f}" y2="{y:.2f}"/>')
     return _svg("".join(bars), alt)
+
+
+def scatter_chart(points: np.ndarray, groups: np.ndarray, alt: str) -> Markup:
+    """Points (m, 2) over their own range, each group (m,) of numbers from 0 in its own hue, negative ones in grey."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    at = (points - low) / np.where(high > low, high - low, 1) * (WIDTH, HEIGHT)
+    shapes = []
+    for group in np.unique(groups).tolist():
+        dots = "".join(f"M{x:.1f},{HEIGHT - y:.1f}h0" for x, y in at[groups == group].tolist())
+        hue = "" if group < 0 else f' style="stroke:hsl({group * GOLDEN_ANGLE % 360:.0f} 60% 55%)"'
+        title = Markup("<title>{}</title>").format("no cluster" if group < 0 else f"cluster {group}")
+        shapes.append(f'<path class="dots"{hue} d="{dots}">{title}</path>')
+    return _svg("".join(shapes), alt)
 
 
 def means(values: Sequence[float], count: int = MAX_POINTS) -> list[float]:

@@ -18,6 +18,9 @@ import numpy as np
 from sslscale.config import ReportConfig, RunConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features
+from sslscale.features.files import open_npy
+from sslscale.index.record import IndexRecord
+from sslscale.report.reduction import Reduction, collect_reduction
 from sslscale.report.samples import SampleReader, Shown
 from sslscale.rundir import Metrics, RunDir, read_json
 
@@ -119,6 +122,7 @@ class RunReport:
     clustering: Clustering | None
     baselines: dict[str, dict[str, Any]]
     anomalies: Anomalies | None
+    reduction: Reduction | None
     failures: list[Failures]
     counts: list[Count]
 
@@ -151,6 +155,7 @@ def collect(run: RunDir, config: RunConfig, name: str = "main") -> RunReport:
             for path in sorted(run.path.glob(f"baselines/*/cluster/{name}/result.json"))
         },
         anomalies=anomalies,
+        reduction=_reduction(run, name),
         failures=list(collect_failures(run)),
         counts=_counts(run, name, embeddings, answers),
     )
@@ -167,7 +172,7 @@ def _datasets(path: Path, arrays: str) -> list[str]:
     )
 
 
-def _features(run: RunDir, path: Path, parent: str, datasets: list[str]) -> FeatureSet:
+def _features(run: RunDir, path: Path, parent: str, datasets: list[str] | None) -> FeatureSet:
     """The features that the stage at `path` was made from; UserError where they are others by now."""
     features = open_features(run, datasets)
     expected = read_json(path / "stage.json")["parents"][parent]
@@ -189,7 +194,7 @@ def collect_index(run: RunDir, name: str) -> dict[str, Any] | None:
     path = run.stage_path("index", name)
     result = _result(path)
     if result is not None:
-        _features(run, path, "features", result["datasets"])
+        IndexRecord.open(run, name).numbers(open_features(run, result["datasets"]))  # raises where they have changed
     return result
 
 
@@ -206,6 +211,15 @@ def collect_training(run: RunDir) -> Training | None:
                 curve.steps.append(line["step"])
                 curve.values.append(value)
     return Training(_result(path) or {}, list(curves.values()))
+
+
+def _reduction(run: RunDir, name: str) -> Reduction | None:
+    path = run.stage_path("reduce", name)
+    result = _result(path)
+    if result is None:
+        return None
+    datasets = read_json(path / "stage.json")["settings"]["datasets"]
+    return collect_reduction(run, result, _features(run, path, "features", datasets), name)
 
 
 # ------------------------------------------------------------------ the few rows that are shown
@@ -245,8 +259,8 @@ def collect_clusters(run: RunDir, settings: ReportConfig, reader: SampleReader, 
     labels: dict[int, Counter[int]] | None = {number: Counter() for number in nearest}
     features = _features(run, path, "features", _datasets(path, "assignments"))
     for part in features.parts:
-        assignments = np.load(path / "assignments" / part.file, mmap_mode="r")
-        distances = np.load(path / "distances" / part.file, mmap_mode="r")
+        assignments = open_npy(path / "assignments" / part.file)
+        distances = open_npy(path / "distances" / part.file)
         own = features.stores[part.dataset].part_labels(part.part) if labels is not None else None
         labels = labels if own is not None else None
         order = np.argsort(assignments, kind="stable")
@@ -274,25 +288,27 @@ def collect_anomalies(run: RunDir, settings: ReportConfig, reader: SampleReader,
     if result is None:
         return None
     features = _features(run, path, "features", _datasets(path, "scores"))
-    reference = _features(run, path, "reference", result["reference"])
     files = [path / "scores" / part.file for part in features.parts]
     most, least = Smallest(settings.anomalies), Smallest(settings.anomalies)
     for part, file in zip(features.parts, files, strict=True):
-        scores = np.load(file, mmap_mode="r")
+        scores = open_npy(file)
         row_ids = part.number << 32 | np.arange(part.rows, dtype=np.int64)
         most.add(-scores, row_ids)
         least.add(scores, row_ids)
     span = (least.items[0][0], -most.items[0][0])
     counts = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
     for file in files:
-        here, edges = np.histogram(np.load(file, mmap_mode="r"), bins=HISTOGRAM_BINS, range=span)
+        here, edges = np.histogram(open_npy(file), bins=HISTOGRAM_BINS, range=span)
         counts += here
-    neighbours = [
-        np.load(path / "neighbours" / features.parts[row >> 32].file, mmap_mode="r")[row & 0xFFFFFFFF]
-        for row in most.row_ids.tolist()
-    ]
-    k = min(settings.neighbours, result["k"])
-    beside = _show(reader, reference, np.concatenate([ids[:k] for ids in neighbours]))
+    beside: list[Shown] = []
+    k = min(settings.neighbours, result["k"] or 0)
+    if result["reference"]:
+        reference = _features(run, path, "reference", result["reference"])
+        neighbours = [
+            open_npy(path / "neighbours" / features.parts[row >> 32].file)[row & 0xFFFFFFFF]
+            for row in most.row_ids.tolist()
+        ]
+        beside = _show(reader, reference, np.concatenate([ids[:k] for ids in neighbours]))
     return Anomalies(
         result,
         most=[
@@ -345,5 +361,5 @@ def _counts(
             covered = result["datasets"] if kind == "index" else _datasets(run.stage_path(kind, name), arrays[kind])
             taken = sum(embeddings[dataset]["features_out"] for dataset in covered)
             given = result["num_vectors" if kind == "index" else "num_samples"]
-            counts.append(Count(f"{kind}/{name}", taken, given, 0))
+            counts.append(Count(f"{kind}/{name}", taken, given, result.get("num_deleted", 0)))
     return counts

@@ -9,12 +9,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sslscale.config import ReportConfig, RunConfig, dump_config
-from sslscale.report.charts import bar_chart, line_chart, means
+from sslscale.report.charts import bar_chart, line_chart, means, scatter_chart
 from sslscale.report.collect import Anomalies, Clustering, Curve, RunReport, collect
+from sslscale.report.reduction import Reduction
 from sslscale.rundir import FORMAT_VERSION, RunDir, read_json, write_atomic, write_json
 
 NOTHING = "–"
@@ -36,6 +38,24 @@ SHARES = frozenset(("accuracy", "eval_knn_accuracy", "data_wait_share"))
 # measure -> (title, what to look for)
 LABEL_MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "purity": "Purity"}
 FREE_MEASURES = {"silhouette": "Silhouette", "davies_bouldin": "Davies–Bouldin", "imbalance": "Imbalance"}
+
+# what chooses between clusterings without a label -> (title, what to look for)
+SELECTION = {
+    "held_out_loss": ("Held-out loss", "of the objective; lower is better, and what its heads are chosen by"),
+    "agreement": ("Agreement of starts", "AMI of the chosen head's clusters and the other heads'; 1 is the same ones"),
+    "clusters_used": ("Clusters used", "exp of the entropy of their shares; 1 is a collapse"),
+    "bits_saved": ("Bits saved", "a held-out task, against a single expert of as many parameters"),
+    "silhouette": ("Silhouette", "higher is better"),
+}
+
+# what a line of a sweep over the number of clusters says -> (title, what to look for)
+SWEEP = {
+    "objective": ("Objective", "falls with every cluster: look for a knee"),
+    "silhouette": ("Silhouette", "higher is better"),
+    "davies_bouldin": ("Davies–Bouldin", "lower is better"),
+    "stability_seeds": ("Stability over seeds", "ARI; 1 is the same clusters every time"),
+    "stability_halves": ("Stability over halves", "ARI; 1 is the same clusters from either half"),
+}
 
 
 def run_report(run: RunDir, config: RunConfig, *, name: str = "main") -> dict[str, Any]:
@@ -78,7 +98,11 @@ def render(report: RunReport, config: RunConfig) -> str:
         label_measures=LABEL_MEASURES,
         free_measures=FREE_MEASURES,
         measured=_measured(report),
+        selection=_selection(report),
+        warnings=_warnings(report),
         size_chart=report.clustering and _size_chart(report.clustering),
+        sweep=[] if report.clustering is None else _sweep(report.clustering.result.get("sweep", [])),
+        map_chart=report.reduction and _map_chart(report.reduction),
         score_chart=report.anomalies and _score_chart(report.anomalies),
         config=dump_config(config),
     )
@@ -198,6 +222,20 @@ def _measured(report: RunReport) -> list[tuple[str, Mapping[str, Any], bool]]:
     return [*rows, ("this run", report.clustering.result["measures"], True)]
 
 
+def _selection(report: RunReport) -> list[tuple[str, str, str]]:
+    """(title, value, what to look for) of what chooses without labels, where the objective clusters."""
+    trained = report.training.result.get("measures", {}) if report.training else {}
+    if "held_out_loss" not in trained or report.clustering is None:
+        return []
+    known = {**trained, "silhouette": report.clustering.result["measures"]["silhouette"]}
+    return [(title, measure(known[key]), hint) for key, (title, hint) in SELECTION.items() if key in known]
+
+
+def _warnings(report: RunReport) -> list[str]:
+    results = [report.training.result if report.training else {}, report.clustering.result if report.clustering else {}]
+    return [warning for result in results for warning in result.get("warnings", [])]
+
+
 def _size_chart(clustering: Clustering) -> Markup:
     sizes = sorted(clustering.sizes, reverse=True)
     mean = sum(sizes) / len(sizes)
@@ -206,6 +244,36 @@ def _size_chart(clustering: Clustering) -> Markup:
     bars = means(sizes)
     titles = [f"cluster {cluster}: {count(clustering.sizes[cluster])}" for cluster in order]
     return bar_chart(bars, alt, titles if len(bars) == len(sizes) else (), mark=mean)
+
+
+def _sweep(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A curve over the number of clusters for each of what the lines know."""
+    curves = []
+    for key, (title, hint) in SWEEP.items():
+        known = [(line["num_clusters"], line[key]) for line in lines if line[key] is not None]
+        if known:
+            numbers, values = zip(*known, strict=True)
+            pairs = ", ".join(f"{count(k)}: {number(value)}" for k, value in known)
+            curves.append(
+                {
+                    "title": title,
+                    "hint": hint,
+                    "low": number(min(values)),
+                    "high": number(max(values)),
+                    "first": numbers[0],
+                    "last": numbers[-1],
+                    "chart": line_chart(numbers, values, f"{title} by number of clusters: {pairs}"),
+                }
+            )
+    return curves
+
+
+def _map_chart(reduction: Reduction) -> Markup | None:
+    if reduction.points is None or reduction.clusters is None:
+        return None
+    method, clusters = reduction.result["map"]["method"].upper(), np.unique(reduction.clusters)
+    alt = f"{method} of {count(len(reduction.points))} samples, coloured by {len(clusters)} clusters"
+    return scatter_chart(reduction.points, reduction.clusters, alt)
 
 
 def _score_chart(anomalies: Anomalies) -> Markup:

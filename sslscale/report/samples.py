@@ -1,10 +1,10 @@
-"""How a sample is shown: read back from its shard, as a picture that lies inside the page."""
+"""How a sample is shown: read back from its shard, as a picture or a snippet that lies inside the page."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +15,26 @@ from sslscale.config import RunConfig
 from sslscale.pretrain.stage import dataset_shards
 from sslscale.rundir import RunDir
 from sslscale.shards.dataset import ShardSet
-from sslscale.shards.decode import decode_image
-from sslscale.shards.tar import SampleError
+from sslscale.shards.decode import DecodeError, decode_image
+from sslscale.shards.tar import IMAGES, SampleError
+from sslscale.shards.text import text_of
+from sslscale.shards.video import decode_clip
 
 SIDE = 96  # pixels of a thumbnail's longer side: shown at half of that, sharp on screens of double density
+FRAMES = 6  # of a clip's filmstrip
+SNIPPET = 160  # characters of a text
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample on the page. `image` is a data URI, or None where `problem` says why there is none."""
+    """A sample on the page: `image`, a data URI, or `text`; neither where `problem` says why."""
 
     dataset: str
     key: str
     label: int | None
     image: str | None
     problem: str | None = None
+    text: str | None = None
 
 
 class SampleReader:
@@ -53,15 +58,15 @@ class SampleReader:
             tar = self._dataset(dataset).open(names.index(shard)) if shard in names else None
             for index in indexes:
                 record = records[index]
-                image, problem = None, None
+                image, text, problem = None, None, None
                 if tar is None or tar.keys[record["offset"] : record["offset"] + 1] != [record["key"]]:
                     problem = f"no longer in {shard}"
                 else:
                     try:
-                        image = picture(tar.read(record["offset"]))
+                        image, text = appearance(tar.read(record["offset"]))
                     except SampleError as error:
                         problem = error.reason
-                shown[index] = Shown(dataset, record["key"], record.get("label"), image, problem)
+                shown[index] = Shown(dataset, record["key"], record.get("label"), image, problem, text)
         return [shown[index] for index in range(len(records))]
 
     def _dataset(self, name: str) -> ShardSet:
@@ -70,24 +75,55 @@ class SampleReader:
         return self._shards[name]
 
 
-def picture(sample: dict[str, Any]) -> str:
-    """What a sample looks like, as a data URI. Raises SampleError where it holds no image that can be decoded."""
-    return thumbnail(decode_image(sample, channels=3, size=None))
+def appearance(sample: dict[str, Any]) -> tuple[str | None, str | None]:
+    """What a sample looks like: (a data URI, None) or (None, a text), by its first member that can be shown.
+
+    Raises SampleError where it holds none, or where that cannot be decoded.
+    """
+    for extension in sample:
+        show = _SHOWN.get(extension.rpartition(".")[2])
+        if show is not None:
+            return show(sample)
+    raise DecodeError("no image, text or video among the members")
 
 
-def thumbnail(pixels: np.ndarray) -> str:
+def picture(sample: dict[str, Any]) -> tuple[str, None]:
+    """The image as a thumbnail."""
+    return thumbnail(decode_image(sample, channels=3, size=None)), None
+
+
+def snippet(sample: dict[str, Any]) -> tuple[None, str]:
+    """The beginning of the text, in one line."""
+    text = " ".join(text_of(sample)[: 4 * SNIPPET].split())
+    return None, text if len(text) <= SNIPPET else text[: SNIPPET - 1] + "…"
+
+
+def filmstrip(sample: dict[str, Any]) -> tuple[str, None]:
+    """Frames of the clip, spread evenly over it, side by side."""
+    frames = decode_clip(sample, FRAMES, channels=3, size=None)  # (T, 3, H, W)
+    return thumbnail(np.concatenate(list(frames), axis=2), side=SIDE * FRAMES), None
+
+
+_SHOWN: dict[str, Callable[[dict[str, Any]], tuple[str | None, str | None]]] = {
+    **dict.fromkeys(IMAGES, picture),
+    "txt": snippet,
+    "mp4": filmstrip,
+}
+
+
+def thumbnail(pixels: np.ndarray, side: int = SIDE) -> str:
     """uint8 (3, H, W) -> a data URI: a PNG, enlarged by a whole factor (pixels stay pixels), or a JPEG, shrunk."""
     image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     if (pixels == pixels[:1]).all():
         image = image.convert("L")
     longer = max(image.size)
     data = io.BytesIO()
-    if longer > SIDE:
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    if longer > side:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
         image.save(data, "JPEG", quality=85)  # a fifth of a PNG's bytes, of a picture that was resampled anyway
         kind = "jpeg"
     else:
-        factor = SIDE // longer
+        factor = side // longer
         image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(data, "PNG")
         kind = "png"
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sslscale import storage
 from sslscale.config import RunConfig
 
 _MEASURES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "silhouette": "silhouette"}
@@ -49,13 +50,13 @@ def _pretrain(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
         *([f"{_plural(result['bad_steps'], 'step')} skipped (not finite)"] if result["bad_steps"] else []),
     ]
     head = f"{_plural(result['steps'], 'step')} on {_plural(result['world_size'], 'rank')}, ZeRO {result['zero_stage']}"
-    return [f"{head}: {'  '.join(parts)}" + _failed(result["failed"], Path(config.run, "pretrain"))]
+    return [f"{head}: {'  '.join(parts)}" + _failed(result["failed"], f"{config.run}/pretrain")]
 
 
 def _embed(config: RunConfig, results: Mapping[str, Any]) -> list[str]:
     return [
         f"{result['features_out']:,} features of {dataset}, {result['dim']} wide: "
-        f"{result['samples_per_second']:,.0f} samples/s" + _failed(result["failed"], Path(config.run, "embed", dataset))
+        f"{result['samples_per_second']:,.0f} samples/s" + _failed(result["failed"], f"{config.run}/embed/{dataset}")
         for dataset, result in results.items()
     ]
 
@@ -73,7 +74,8 @@ def _cluster(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
 
 
 def _anomaly(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
-    head = f"{result['num_samples']:,} samples scored against {result['num_reference']:,}"
+    against = f"against {result['num_reference']:,}" if result["num_reference"] else "by the training objective"
+    head = f"{result['num_samples']:,} samples scored {against}"
     titles = {"auroc": "AUROC", "average_precision": "average precision"}
     found = [f"{title} {result['measures'][key]:.3f}" for key, title in titles.items() if _known(result, key)]
     return [f"{head}: {'  '.join(found)}" if found else head]
@@ -87,8 +89,15 @@ def _reduce(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _dedup(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
+    found = f"{result['exact']:,} exact and {result['near']:,} near duplicates in {_plural(result['groups'], 'group')}"
+    lists = [f"{dataset} without them: {path}" for dataset, path in result["lists"].items()]
+    return [f"{result['num_samples']:,} samples, {found}", *lists]
+
+
 _LINES = {
     "pack": _pack,
+    "dedup": _dedup,
     "pretrain": _pretrain,
     "embed": _embed,
     "index": _index,
@@ -106,8 +115,8 @@ def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def _failed(count: int, stage: Path) -> str:
-    return f" ({count:,} failed, see {stage / 'failed'})" if count else ""
+def _failed(count: int, stage: str) -> str:
+    return f" ({count:,} failed, see {stage}/failed)" if count else ""
 
 
 # ------------------------------------------------------------------ all stages
@@ -125,11 +134,10 @@ def _comparison(results: Mapping[str, Any]) -> list[str]:
 
 
 def _next_command(config: RunConfig, last: str) -> str | None:
-    run = Path(config.run)
     if last in _NEXT:
-        return f"sslscale {_NEXT[last]} --run {shlex.quote(str(run))}"
-    key = _indexed_key(run)
-    return None if key is None else f"sslscale search {shlex.quote(str(run))} --key {shlex.quote(key)}"
+        return f"sslscale {_NEXT[last]} --run {shlex.quote(config.run)}"
+    key = _indexed_key(storage.local_path(config.run))
+    return None if key is None else f"sslscale search {shlex.quote(config.run)} --key {shlex.quote(key)}"
 
 
 def _indexed_key(run: Path) -> str | None:

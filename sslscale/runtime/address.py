@@ -1,8 +1,10 @@
-"""Whether anything answers at a Ray cluster's address: Ray itself tries for a minute before it says no."""
+"""What is asked before a Ray cluster is: whether anything answers at its address, and whether there is a token."""
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 
 _TIMEOUT_SECONDS = 5.0
@@ -20,3 +22,12 @@ def unreachable(address: str) -> str | None:
     except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def use_token() -> None:
+    """Ray's job client sends a cluster's token only when it is told to; where there is one, tell it.
+
+    Read when Ray is imported, so it has to be called before.
+    """
+    if "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")

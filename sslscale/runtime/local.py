@@ -96,7 +96,7 @@ class _ProcessPool(DispatchPool[_Child]):
 def _serve(connection: Connection, payload: bytes, threads: int) -> None:
     """The life of a spawned process: builds its worker, then answers until its pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     host = WorkerHost()
     broadcast = None
     try:
@@ -110,7 +110,7 @@ def _serve(connection: Connection, payload: bytes, threads: int) -> None:
         return  # the parent closed the pool, or is gone
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends a worker in the middle of an item too: nobody is left to take its result."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -66,17 +66,23 @@ class RayRuntime:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which would exit with 15
         self._connected_here = True
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process started the cluster, for itself."""
+        return self._connected_here and self._address is None
+
     def pool(
         self, worker: type, setup: Mapping[str, Any], workers: int, resources: Resources = Resources()
     ) -> contextlib.AbstractContextManager[Pool]:
         self.start()
-        alone = self._connected_here and self._address is None
-        places = 0 if alone else resources.threads  # on one machine threads may share cores, as they do without Ray
+        places = (
+            0 if self.alone else resources.threads
+        )  # on one machine threads may share cores, as they do without Ray
         options = {"num_cpus": places, "num_gpus": resources.gpus}
         payload = cloudpickle.dumps((worker, dict(setup)))
         # On a cluster of our own, processes wait for the next pool with their imports done; elsewhere they would hold
         # places that others need.
-        warm = self._warm.setdefault(resources.threads, []) if alone and not resources.gpus else None
+        warm = self._warm.setdefault(resources.threads, []) if self.alone and not resources.gpus else None
         return _ActorPool(payload, resources, options, workers, self._max_retries, warm)
 
     def close(self) -> None:
@@ -89,7 +95,6 @@ class RayRuntime:
 def _local_cluster(cpus: int) -> dict[str, Any]:
     """Arguments of `ray.init` for a small cluster on this machine, without dashboard and usage reports."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # the one switch that Ray has for a single session
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that watches for notices of a cloud
     options: dict[str, Any] = {
         "address": "local",
         "num_cpus": max(os.cpu_count() or 1, _MIN_CPUS, cpus),

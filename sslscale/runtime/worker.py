@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sslscale import storage
 from sslscale.errors import StageError
 from sslscale.runtime.base import compute_threads
 
@@ -50,10 +51,11 @@ class WorkerHost:
 
 
 def _answer(work: Callable[[], Any]) -> bytes:
+    before = storage.retries()
     try:
-        return pickle.dumps((work(), None, None))
+        return pickle.dumps((work(), None, None, storage.retries() - before))
     except Exception as error:
-        return pickle.dumps((None, _portable(error), traceback.format_exc()))
+        return pickle.dumps((None, _portable(error), traceback.format_exc(), storage.retries() - before))
 
 
 def _portable(error: Exception) -> Exception:
@@ -67,7 +69,8 @@ def _portable(error: Exception) -> Exception:
 
 def open_answer(answer: bytes) -> Any:
     """The result; raises the worker's error as it was, with the worker's traceback as a note."""
-    result, error, remote_traceback = pickle.loads(answer)
+    result, error, remote_traceback, retries = pickle.loads(answer)
+    storage.count_retries(retries)
     if error is None:
         return result
     error.add_note(f"raised in a worker:\n{remote_traceback}")

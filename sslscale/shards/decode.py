@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def decode_image(sample: dict[str, Any], channels: int, size: int | None) -> np.
 
     With `size`, its shorter side is resized to that (bilinear, antialiased) and the centre size x size kept.
     """
-    extension, data = _image_member(sample)
+    extension, data = find_member(sample, IMAGES, "image")
     try:
         image = _decode(extension, data, channels)  # (C, H, W)
     except (RuntimeError, ValueError, OSError) as error:
@@ -36,6 +37,20 @@ def decode_image(sample: dict[str, Any], channels: int, size: int | None) -> np.
     if size is not None and image.shape[1:] != (size, size):
         image = functional.center_crop(functional.resize(image, [size], antialias=True), [size, size])
     return image.numpy()
+
+
+def image_bytes(sample: dict[str, Any]) -> bytes:
+    """The sample's first image, encoded as it is in the shard. Raises DecodeError where it has none."""
+    return find_member(sample, IMAGES, "image")[1]
+
+
+def find_member(sample: dict[str, Any], extensions: Sequence[str], kind: str) -> tuple[str, bytes]:
+    """(extension, bytes) of the sample's first member of these extensions. Raises DecodeError where it has none."""
+    for extension, data in sample.items():
+        if extension.rpartition(".")[2] in extensions:
+            return extension, data
+    members = [extension for extension in sample if not extension.startswith("__")]
+    raise DecodeError(f"no {kind} among the members: {' '.join(members)}")
 
 
 def label_of(sample: dict[str, Any]) -> int | None:
@@ -49,18 +64,12 @@ def label_of(sample: dict[str, Any]) -> int | None:
         raise DecodeError(f"the .cls is not an integer: {text[:20]!r}") from None
 
 
-def _image_member(sample: dict[str, Any]) -> tuple[str, bytes]:
-    for extension, data in sample.items():
-        if extension.rpartition(".")[2] in IMAGES:
-            return extension, data
-    members = [extension for extension in sample if not extension.startswith("__")]
-    raise DecodeError(f"no image among the members: {' '.join(members)}")
-
-
 def _decode(extension: str, data: bytes, channels: int) -> torch.Tensor:
     if not data:
         raise ValueError("it is empty")
     if extension.endswith("bmp"):  # torchvision reads no BMP
         image = Image.open(io.BytesIO(data), formats=["BMP"]).convert("L" if channels == 1 else "RGB")
         return functional.pil_to_tensor(image)
-    return decode_bytes(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=_MODES[channels])
+    read_as = 3 if extension.endswith("webp") else channels  # torchvision makes no grey of WebP
+    image = decode_bytes(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=_MODES[read_as])
+    return image if read_as == channels else functional.rgb_to_grayscale(image)

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ import torch
 from sslscale.errors import StageError, UserError
 from sslscale.shards.dataset import ShardSet
 from sslscale.shards.plan import Cursor
-from sslscale.shards.stream import Failure, StreamReader, Ticket
+from sslscale.shards.readers import Reader
+from sslscale.shards.stream import Failure, SampleReader, StreamReader, Ticket
 from sslscale.shards.tar import SampleError
 
 
@@ -24,18 +24,21 @@ from sslscale.shards.tar import SampleError
 class RawBatch:
     """One step's samples of one rank: stream after stream, in the streams' order."""
 
-    images: torch.Tensor  # uint8 (b, C, H, W)
+    inputs: torch.Tensor  # (b, ...), as the reader makes them
     ids: torch.Tensor  # int64 (b,)
     epochs: torch.Tensor  # int64 (b,)
+    keys: list[str]  # b of them
     cursors: dict[int, Cursor]  # of this rank's streams, after the batch
     failures: list[Failure]
+    partners: torch.Tensor | None = None  # as `inputs`, of the sample that was named beside each
 
 
 @dataclass(frozen=True)
 class _Row:
-    image: np.ndarray  # uint8 (C, H, W)
+    array: np.ndarray
     id: int
     epoch: int
+    key: str
 
 
 class TrainLoader:
@@ -44,7 +47,8 @@ class TrainLoader:
     A rank reads streams rank, rank + world_size, ...; every step takes `global_batch / num_streams` samples of every
     stream, and a record that fails is replaced by its stream's next. So a step's samples over all ranks depend on
     neither the world size nor the threads. `cursors` holds one for every stream of the run (None: from the start).
-    `decode` maps a webdataset sample to uint8 (C, H, W) and raises DecodeError; it runs in `decode_threads` threads.
+    `reader` reads and decodes in `decode_threads` threads.
+    `partners` maps the ids and epochs (b,) of a batch to the ids (b,) of the samples to be read beside them, or None.
     `wait_seconds` is how long the consumer has waited. Raises UserError for sizes that do not divide.
     """
 
@@ -59,9 +63,10 @@ class TrainLoader:
         seed: int,
         shuffle_block: int,
         cursors: list[Cursor] | None,
-        decode: Callable[[dict[str, Any]], np.ndarray],
+        reader: Reader,
         decode_threads: int = 1,
         prefetch: int = 2,
+        partners: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None] = lambda ids, epochs: None,
     ) -> None:
         check_divides("num_streams", num_streams, "global_batch", global_batch)
         check_divides("world_size", world_size, "num_streams", num_streams)
@@ -71,7 +76,9 @@ class TrainLoader:
             for stream in range(rank, num_streams, world_size)
         }
         self.per_stream = global_batch // num_streams
-        self.decode, self.decode_threads, self.prefetch = decode, decode_threads, prefetch
+        self.reader, self.decode_threads, self.prefetch = reader, decode_threads, prefetch
+        self.partners = partners
+        self._by_id = SampleReader(shards)
         self.wait_seconds = 0.0
         self._failed_in_a_row = dict.fromkeys(self.readers, 0)
         self._assembler = ThreadPoolExecutor(1, "sslscale-batches")  # one thread: batches are made in order
@@ -111,13 +118,26 @@ class TrainLoader:
                     rows[stream].append(result)
                     self._failed_in_a_row[stream] = 0
         ordered = list(itertools.chain.from_iterable(rows.values()))
+        ids, epochs = torch.tensor([row.id for row in ordered]), torch.tensor([row.epoch for row in ordered])
         return RawBatch(
-            images=torch.from_numpy(_stack([row.image for row in ordered])),
-            ids=torch.tensor([row.id for row in ordered]),
-            epochs=torch.tensor([row.epoch for row in ordered]),
+            inputs=self.reader.collate([row.array for row in ordered]),
+            ids=ids,
+            epochs=epochs,
+            keys=[row.key for row in ordered],
             cursors={stream: reader.cursor for stream, reader in self.readers.items()},
             failures=failures,
+            partners=self._read_partners(self.partners(ids, epochs)),
         )
+
+    def _read_partners(self, ids: torch.Tensor | None) -> torch.Tensor | None:
+        if ids is None:
+            return None
+        arrays = []
+        for result in self._read(self._by_id.draw(ids.numpy())):
+            if isinstance(result, Failure):
+                raise StageError("a sample could be read before and cannot now", got=f"{result.key}: {result.reason}")
+            arrays.append(result.array)
+        return self.reader.collate(arrays)
 
     def _read(self, tickets: list[Ticket]) -> Iterator[_Row | Failure]:
         """Reads and decodes, in the order of the tickets. Several a task: a task costs as much as a small image."""
@@ -133,7 +153,7 @@ class TrainLoader:
         if isinstance(sample, Failure):
             return sample
         try:
-            return _Row(self.decode(sample.data), sample.id, sample.epoch)
+            return _Row(self.reader.read(sample.data), sample.id, sample.epoch, sample.key)
         except SampleError as error:
             return ticket.failure(error.reason)
 
@@ -155,12 +175,3 @@ def check_divides(small_name: str, small: int, large_name: str, large: int) -> N
             got=f"{small_name}={small}, {large_name}={large}",
             allowed=", ".join(str(n) for n in range(1, min(large, 4096) + 1) if large % n == 0),
         )
-
-
-def _stack(images: list[np.ndarray]) -> np.ndarray:
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise StageError(
-            "the images of a batch differ in shape", got=sorted(shapes), fix="give one size: pretrain.load_size"
-        )
-    return np.stack(images)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,11 @@ import webdataset as wds
 
 from sslscale.errors import UserError
 from sslscale.shards.dataset import INDEX, ShardSet
+from sslscale.shards.filtered import FilteredShard
 from sslscale.shards.plan import Cursor, Span, block_permutation, plan_stream
 from sslscale.shards.tar import SampleError, TarShard
+
+_OPEN_SHARDS = 256
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Ticket:
     """One place of the plan, not read yet: cheap to draw in order, and read by any thread."""
 
     shards: ShardSet
-    tar: TarShard
+    tar: TarShard | FilteredShard
     shard: int
     record: int
     epoch: int
@@ -67,17 +72,40 @@ class Ticket:
         return Failure(self.key, self.shard, self.record, reason)
 
 
-def read_spans(shards: ShardSet, spans: Iterable[Span]) -> Iterator[Sample | Failure]:
+def read_spans(shards: ShardSet, spans: Sequence[Span]) -> Iterator[Sample | Failure]:
     """The records of the spans, once and in order: a webdataset pipeline with our own tar stage in it."""
     return iter(wds.DataPipeline(lambda: draw_spans(shards, spans), wds.map(Ticket.read)))
 
 
-def draw_spans(shards: ShardSet, spans: Iterable[Span]) -> Iterator[Ticket]:
+def spread_spans(shards: ShardSet, limit: int) -> list[Span]:
+    """The spans of at most `limit` samples, spread evenly over the dataset."""
+    ids = np.arange(0, shards.num_samples, max(1, shards.num_samples // limit))[:limit]
+    numbers = np.searchsorted(shards.offsets + shards.counts, ids, side="right")
+    records = ids - shards.offsets[numbers]
+    return [Span(shard, record, record + 1) for shard, record in zip(numbers.tolist(), records.tolist(), strict=True)]
+
+
+def draw_spans(shards: ShardSet, spans: Sequence[Span]) -> Iterator[Ticket]:
     """The records of the spans in order, not read yet: for readers that read and decode in threads."""
-    for span in spans:
+    for span, following in itertools.zip_longest(spans, itertools.islice(spans, 1, None)):
         tar = shards.open(span.shard)
+        if following is not None:
+            shards.read_ahead(following.shard)
         for record in range(span.start, span.stop):
             yield Ticket(shards, tar, span.shard, record, epoch=0)
+
+
+class SampleReader:
+    """Records by global id, in any order. The shards used last stay open."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards = shards
+        self._open = functools.lru_cache(_OPEN_SHARDS)(shards.open)
+
+    def draw(self, ids: np.ndarray) -> list[Ticket]:
+        """The records of ids (n,), not read yet."""
+        located = zip(*(place.tolist() for place in self.shards.locate(ids)), strict=True)
+        return [Ticket(self.shards, self._open(shard), shard, record, epoch=0) for shard, record in located]
 
 
 class StreamReader:
@@ -140,4 +168,10 @@ class StreamReader:
         spans = np.searchsorted(self._ends, places, side="right")
         shards, records = self._shards[spans], self._stops[spans] - self._ends[spans] + places
         self._block = list(zip(shards.tolist(), records.tolist(), strict=True))
-        self._tars = {shard: self.shards.open(shard) for shard in np.unique(shards).tolist()}
+        needed = np.unique(shards).tolist()
+        for shard in needed:
+            self.shards.read_ahead(shard)
+        self._tars = {shard: self.shards.open(shard) for shard in needed}
+        ahead = np.searchsorted(self._ends, [stop, min(stop + self.shuffle_block, len(self)) - 1], side="right")
+        for shard in np.unique(self._shards[ahead[0] : ahead[1] + 1]).tolist():  # of the next block, in this epoch
+            self.shards.read_ahead(shard)

@@ -12,10 +12,13 @@ import re
 import sys
 import zlib
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 BLOCK = 512
 MAX_OPEN = 128  # files kept open: many streams over many small shards would pass the limit of a process
@@ -24,9 +27,14 @@ ALLOWED = frozenset((*IMAGES, "cls", "txt", "json", "mp4", "npy"))  # judged by 
 UNPICKLED = frozenset(("pkl", "pickle", "pyd", "pt", "pth", "joblib"))
 
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_TIME = re.compile(rb"(\d+) [acm]time=[^\n]*\n")  # a pax header as webdataset's own writer makes them
 _META = re.compile(r"__[^/]*__($|/)")
 _REGULAR, _DATALESS = b"0\x007", b"123456"  # links, devices, folders and pipes have no data, whatever their size says
 _ADLER = 65521
+_RUN = 8192  # headers that are checked together
+_NO_NUMBER = 1 << 63  # past the end of any file
+_SHORT_RUN = 16  # below this, one after the other is as fast
+_OCTAL = 8 ** np.arange(5, -1, -1)
 
 
 class SampleError(Exception):
@@ -42,21 +50,22 @@ class TarShard:
 
     A damaged file raises nothing here. `damage` says what ends it early (None: it is whole), and the records after
     that point are not in it. `problems` lists `(key, reason)` for every record that `read` will refuse, and
-    `(None, damage)`.
+    `(None, damage)`. `again` makes the file anew, where it is one that others may delete.
     """
 
-    def __init__(self, path: str | Path, url: str | None = None) -> None:
-        self.path = str(path)
+    def __init__(self, path: str | Path, url: str | None = None, again: Callable[[], Any] | None = None) -> None:
+        self.path, self._again = str(path), again
         self.url = url or self.path
         self.keys: list[str] = []
         self.damage: str | None = None
+        self._prefix = "\0"  # of the names of the last record's members; no name that gives a record begins with it
         self._first = array("q")  # the first member of each record; one more at the end
         self._extensions: list[str] = []  # of each member
         self._offsets, self._sizes = array("q"), array("q")  # of each member's data, in bytes
         self._refused: dict[int, str] = {}  # record -> reason
-        with Path(self.path).open("rb") as file:
-            self._stamp = _stamp(file.fileno())
-            self._index(file.fileno(), self._stamp[0])
+        file = self._reopen()
+        self._stamp = _stamp(file)
+        self._index(file.descriptor, self._stamp[0])
         self._first.append(len(self._offsets))
 
     def __len__(self) -> int:
@@ -71,7 +80,7 @@ class TarShard:
         """A webdataset sample: `__key__`, `__url__` and the bytes of each extension. Raises SampleError."""
         if record in self._refused:
             raise SampleError(self._refused[record])
-        file = _open(self.path, self._stamp)
+        file = self._file()
         sample: dict[str, Any] = {"__key__": self.keys[record], "__url__": self.url}
         for member in range(self._first[record], self._first[record + 1]):
             # Not through the map: a page fault would hold the GIL, and a file cut off meanwhile would kill the process.
@@ -80,6 +89,26 @@ class TarShard:
                 raise SampleError(f"truncated: the file ends within {self._extensions[member]}")
             sample[self._extensions[member]] = data
         return sample
+
+    def _file(self) -> _File:
+        try:
+            return _open(self.path, self._stamp)
+        except FileNotFoundError:
+            stamp = _stamp(self._reopen())
+            if stamp[0] != self._stamp[0]:
+                raise SampleError("the shard was replaced while it was being read") from None
+            self._stamp = stamp
+            return _open(self.path, stamp)
+
+    def _reopen(self) -> _File:
+        """The file, made again as often as others delete it."""
+        while True:
+            try:
+                return _File(os.open(self.path, os.O_RDONLY))
+            except FileNotFoundError:
+                if self._again is None:
+                    raise
+                self._again()
 
     # ------------------------------------------------------------------ the pass over the headers
 
@@ -96,7 +125,11 @@ class TarShard:
     def _walk(self, tar: mmap.mmap, size: int) -> None:
         position, long_name = 0, None  # type: int, str | None
         pax, pax_global = {}, {}  # type: dict[str, Any], dict[str, Any]
+        alone = 0  # headers to take one after the other before many at once are tried again
         while True:
+            if not (alone or pax or long_name):
+                position, alone = self._run(tar, position, size)
+            alone = max(alone - 1, 0)
             header = tar[position : position + BLOCK]
             if len(header) < BLOCK:
                 raise _Damage(f"truncated: no end-of-archive mark before byte {size}")
@@ -106,7 +139,7 @@ class TarShard:
             kind = header[156:157]
             length = 0 if kind in _DATALESS else pax.get("size") or _number(header[124:136], position)
             start = position + BLOCK
-            position = start + (length + BLOCK - 1) // BLOCK * BLOCK
+            position = start + _padded(length)
             if kind in b"LKxg":
                 if start + length > size:
                     raise _Damage(f"truncated: the file ends within the header at byte {start - BLOCK}")
@@ -129,15 +162,37 @@ class TarShard:
                 raise _Damage(reason)
             long_name, pax = None, dict(pax_global)
 
+    def _run(self, tar: mmap.mmap, position: int, size: int) -> tuple[int, int]:
+        """Adds the members from `position` on that have plain headers, many at once.
+
+        Returns where it stopped, and how many headers from there on are to be taken one after the other: whatever is
+        not a whole regular file with a plain, right header is left to `_walk`.
+        """
+        while True:
+            positions, sizes = _plain_headers(tar, position, size)
+            if len(positions) < _SHORT_RUN:
+                return position, len(positions) + 1
+            names = _checked_names(tar, positions)
+            for name, start, length in zip(names, positions, sizes, strict=False):
+                if length >= 0:
+                    self._add(name, start + BLOCK, length)
+                    position = start + BLOCK + _padded(length)
+            if len(names) < _RUN:
+                return position, len(positions) - len(names) + 1
+
     def _add(self, name: str, start: int, length: int) -> int | None:
         """The record that the member now belongs to; None where webdataset skips such a name too."""
-        match = _KEY.fullmatch(name)
-        if match is None or _META.match(name):
-            return None
-        key, extension = match[1], sys.intern(match[2].lower())
-        if not self.keys or key != self.keys[-1]:
-            self.keys.append(key)
-            self._first.append(len(self._offsets))
+        rest = name[len(self._prefix) :] if name.startswith(self._prefix) else "/"
+        if "/" in rest:  # of another record, most likely
+            match = _KEY.fullmatch(name)
+            if match is None or _META.match(name):
+                return None
+            rest = match[2]
+            if not self.keys or match[1] != self.keys[-1]:
+                self.keys.append(match[1])
+                self._prefix = "\0" if match[1].startswith("__") else f"{match[1]}."
+                self._first.append(len(self._offsets))
+        extension = sys.intern(rest.lower())
         record, kind = len(self.keys) - 1, extension.rpartition(".")[2]
         if kind not in ALLOWED:
             reason = "it would be unpickled" if kind in UNPICKLED else f"allowed are {' '.join(sorted(ALLOWED))}"
@@ -148,6 +203,64 @@ class TarShard:
         self._offsets.append(start)
         self._sizes.append(length)
         return record
+
+
+def _plain_headers(tar: mmap.mmap, position: int, size: int) -> tuple[list[int], list[int]]:
+    """Where at least _RUN headers are, and the sizes of their files; up to the first that looks unusual.
+
+    Usual are regular files, and before them pax headers that say nothing but times: their size is given as -1.
+    """
+    positions: list[int] = []
+    sizes: list[int] = []
+    while len(positions) < _RUN:
+        start = position
+        kind, length = _kind_and_length(tar, start, size)
+        if kind == b"x" and _is_time(tar[start + BLOCK : start + BLOCK + length]):
+            start += BLOCK + _padded(length)
+            kind, length = _kind_and_length(tar, start, size)
+        if kind not in _REGULAR:
+            break
+        if start != position:
+            positions.append(position)
+            sizes.append(-1)
+        positions.append(start)
+        sizes.append(length)
+        position = start + BLOCK + _padded(length)
+    return positions, sizes
+
+
+def _kind_and_length(tar: mmap.mmap, position: int, size: int) -> tuple[bytes, int]:
+    """Of a header in its usual form whose data is whole; any other is of kind "?"."""
+    fields = tar[position + 124 : position + 157]  # the length, then others, then the kind
+    if len(fields) == 33 and fields[11] in b"\0 " and fields[:11].isdigit():
+        length = _octal(fields[:11])
+        if position + BLOCK + length <= size:
+            return fields[32:], length
+    return b"?", 0
+
+
+def _is_time(data: bytes) -> bool:
+    match = _TIME.fullmatch(data)
+    return match is not None and int(match[1]) == len(data)
+
+
+def _checked_names(tar: mmap.mmap, positions: list[int]) -> list[str]:
+    """The names in these headers, up to the first whose checksum is wrong or that is not of the usual form."""
+    blocks = np.frombuffer(tar, dtype=np.uint8, count=positions[-1] + BLOCK).reshape(-1, BLOCK)
+    headers = blocks[np.array(positions) // BLOCK]  # a copy: the map can be closed
+    stored = headers[:, 148:156]
+    digits = stored[:, :6] - np.uint8(ord("0"))
+    total = headers.sum(axis=1, dtype=np.int64) - stored.sum(axis=1, dtype=np.int64) + 8 * 0x20
+    right = (digits < 8).all(axis=1) & (stored[:, 6] == 0) & (digits @ _OCTAL == total)
+    count = len(right) if right.all() else int(right.argmin())
+    names = [_text(name) for name in np.ascontiguousarray(headers[:count, :100]).view("S100")[:, 0].tolist()]
+    for index in np.flatnonzero(headers[:count, 345]):  # a path that goes on in another field
+        names[index] = _name(headers[index].tobytes())
+    return names
+
+
+def _padded(length: int) -> int:
+    return (length + BLOCK - 1) // BLOCK * BLOCK
 
 
 @dataclass(frozen=True)
@@ -163,13 +276,13 @@ class _File:
 @lru_cache(maxsize=MAX_OPEN)
 def _open(path: str, stamp: tuple[int, ...]) -> _File:
     file = _File(os.open(path, os.O_RDONLY))
-    if _stamp(file.descriptor) != stamp:
+    if _stamp(file) != stamp:
         raise SampleError("the shard was replaced while it was being read")
     return file
 
 
-def _stamp(descriptor: int) -> tuple[int, ...]:
-    status = os.fstat(descriptor)
+def _stamp(file: _File) -> tuple[int, ...]:
+    status = os.fstat(file.descriptor)
     return status.st_size, status.st_ino, status.st_mtime_ns
 
 
@@ -189,10 +302,18 @@ def _number(field: bytes, position: int) -> int:
     """An octal field, or GNU's base 256 where its first bit is set."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
+    digits = field.strip(b"\0 ") or b"0"
+    if digits.isdigit() and (number := _octal(digits)) < _NO_NUMBER:  # int() knows signs and underscores, too
+        return number
+    raise _Damage(f"corrupt: the header at byte {position} has a bad number")
+
+
+def _octal(digits: bytes) -> int:
+    """Decimal digits as an octal number; _NO_NUMBER where there is an 8 or a 9."""
     try:
-        return int(field.rstrip(b"\0 ") or b"0", 8)
+        return int(digits, 8)
     except ValueError:
-        raise _Damage(f"corrupt: the header at byte {position} has a bad number") from None
+        return _NO_NUMBER
 
 
 def _name(header: bytes) -> str:

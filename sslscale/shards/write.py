@@ -20,6 +20,7 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
+from sslscale import storage
 from sslscale.config.models import PackConfig
 from sslscale.errors import UserError
 from sslscale.rundir import RunDir, Stage, discard, hash_file, read_json, write_json
@@ -49,7 +50,7 @@ def run_pack(config: PackConfig, *, overwrite: bool = False) -> dict[str, Any]:
     What an earlier call with the same settings and data finished is not done again. Raises UserError (exit 2) where
     the output was packed with others, or holds files that pack did not write.
     """
-    source = make_source(config.source, config.path)
+    source = make_source(config.source, config.path, config.options)
     jobs = plan_shards(source.splits, config.samples_per_shard, config.limit)
     with RunDir(config.output) as run:
         settings = config.model_copy(update={"path": None}).identity()  # the data's hash says it, wherever it lies
@@ -85,8 +86,10 @@ def plan_shards(splits: Mapping[str, int], samples_per_shard: int, limit: int | 
 class ShardWriter:
     """A worker of the runtime: writes one shard an item."""
 
-    def __init__(self, source: str, path: str | None, output: str, format: str, jpeg_quality: int) -> None:
-        self.source = make_source(source, path)
+    def __init__(
+        self, source: str, path: str | None, options: dict[str, Any], output: str, format: str, jpeg_quality: int
+    ) -> None:
+        self.source = make_source(source, path, options)
         self.output, self.format, self.jpeg_quality = Path(output), format, jpeg_quality
 
     def write(self, job: ShardJob, broadcast: None = None) -> dict[str, Any]:
@@ -104,14 +107,15 @@ class ShardWriter:
             partial.replace(shard)
         finally:
             partial.unlink(missing_ok=True)
-        size, samples = shard.stat().st_size, job.stop - job.start
-        return {"name": job.name, "samples": samples, "bytes": size, "sha256": hash_file(shard)}
+        size, samples, sha256 = shard.stat().st_size, job.stop - job.start, hash_file(shard)
+        storage.move_out(shard)
+        return {"name": job.name, "samples": samples, "bytes": size, "sha256": sha256}
 
     def _sample(self, key: str, example: Example) -> dict[str, Any]:
-        if isinstance(example.image, bytes):
-            sample: dict[str, Any] = {"__key__": key, example.extension: example.image}
+        if isinstance(example.data, bytes):
+            sample: dict[str, Any] = {"__key__": key, example.extension: example.data}
         else:
-            sample = {"__key__": key, self.format: self._encode(example.image)}
+            sample = {"__key__": key, self.format: self._encode(example.data)}
         if example.label is not None:
             sample["cls"] = str(example.label).encode()
         if example.metadata:
@@ -131,6 +135,7 @@ def _write_all(config: PackConfig, output: Path, stage: Stage, jobs: list[ShardJ
     setup = {
         "source": config.source,
         "path": config.path,
+        "options": config.options,
         "output": str(output),
         "format": config.format,
         "jpeg_quality": config.jpeg_quality,
@@ -155,13 +160,12 @@ def _finish_split(folder: Path, split: str, jobs: list[ShardJob], stage: Stage) 
         "samples": sum(shard["samples"] for shard in shards),
         "shards": len(shards),
         "bytes": sum(shard["bytes"] for shard in shards),
-        "fingerprint": open_shards(str(folder)).fingerprint,
+        "fingerprint": open_shards(storage.shown(folder)).fingerprint,
     }
 
 
 def _is_there(output: Path, job: ShardJob, record: Mapping[str, Any] | None) -> bool:
-    shard = output / job.split / job.name
-    return record is not None and shard.is_file() and shard.stat().st_size == record["bytes"]
+    return record is not None and storage.size(output / job.split / job.name) == record["bytes"]
 
 
 def _packed_splits(output: Path) -> list[str]:
@@ -171,9 +175,11 @@ def _packed_splits(output: Path) -> list[str]:
 def _clear(output: Path, splits: Iterable[str], overwrite: bool) -> None:
     """Empties the place of a new set of shards; what others put there only goes when the user says so."""
     for folder in sorted({output / split for split in splits}):
-        if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()) and not overwrite:
+        if any(not name.startswith(".") for name in storage.names(folder)) and not overwrite:
             raise UserError(
-                "the folder of a split holds other files", got=str(folder), fix="another pack.output, or --overwrite"
+                "the folder of a split holds other files",
+                got=storage.shown(folder),
+                fix="another pack.output, or --overwrite",
             )
         discard(folder)
-    (output / "pack.json").unlink(missing_ok=True)
+    storage.remove(output / "pack.json")

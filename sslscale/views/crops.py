@@ -31,3 +31,8 @@ def multi_crop(
     size = local_size or max(1, recipe.size * 3 // 7)
     local = recipe.model_copy(update={"size": size, "crop_scale": local_scale})
     return Crops({"global_1": recipe, "global_2": recipe} | {f"local_{i}": local for i in range(1, local_crops + 1)})
+
+
+def still(recipe: AugmentConfig) -> AugmentConfig:
+    """The recipe of a view of the same size that shows the whole image as it is."""
+    return AugmentConfig(size=recipe.size, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)

@@ -14,7 +14,7 @@ from sslscale.errors import UserError
 from sslscale.features import FeatureSet, FeatureStore, open_features
 from sslscale.index import Index
 from sslscale.index.build import run_index
-from sslscale.index.search import run_search
+from sslscale.index.query import run_search
 from sslscale.rundir import RunDir
 from sslscale.runtime.base import make_runtime
 

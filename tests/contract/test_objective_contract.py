@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from objective_cases import GLOBAL_BATCH, NAMES, batch, build, gradients_of_a_rank, images, pretrain_config
+from objective_cases import GLOBAL_BATCH, NAMES, batch, build, gradients_of_a_rank, inputs, pretrain_config
 
 from sslscale.objectives import find_objective
 from sslscale.objectives.teacher import TeacherObjective
@@ -109,13 +109,10 @@ def test_state_round_trips_exactly(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_is_given_views_and_keyed_draws_and_nothing_else(name):
-    assert {field.name for field in dataclasses.fields(Batch)} == {"views", "random"}
+    assert {field.name for field in dataclasses.fields(Batch)} == {"views", "random", "ids", "partner"}
     objective = build(name)
     made, again = (
-        objective.views(
-            images(objective.backbone.config.channels),
-            KeyedRandom.of(0, torch.zeros(32, dtype=torch.int64), torch.arange(32)),
-        )
+        objective.make_views(inputs(objective), KeyedRandom.of(0, torch.zeros(32, dtype=torch.int64), torch.arange(32)))
         for _ in range(2)
     )
     assert made.keys() == again.keys() and all(torch.equal(made[key], again[key]) for key in made)
@@ -126,8 +123,9 @@ def test_forward_is_given_views_and_keyed_draws_and_nothing_else(name):
 def test_outputs_have_features_of_the_backbones_width(name):
     objective = build(name).eval()
     with torch.no_grad():
-        outputs = objective.outputs(images(objective.backbone.config.channels))
+        outputs = objective.outputs(inputs(objective))
     assert outputs["features"].shape == (GLOBAL_BATCH, objective.backbone.feature_dim)
+    assert outputs.keys() == {"features", *objective.further_outputs}
     if "cluster_probs" in outputs:
         torch.testing.assert_close(outputs["cluster_probs"].sum(dim=1), torch.ones(GLOBAL_BATCH))
 
@@ -138,7 +136,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
     good = batch(objective, 0, GLOBAL_BATCH)
     engine.step([good], 0)
     before = {key: p.detach().clone() for key, p in objective.named_parameters()}
-    poisoned = Batch({**good.views, "view": torch.full_like(good["view"], float("nan"))}, good.random)
+    poisoned = Batch({**good.views, "view": torch.full_like(good["view"], float("nan"))}, good.random, good.ids)
     for step in (1, 2):
         assert not engine.step([poisoned], step).applied
     assert all(torch.equal(before[key], p) for key, p in objective.named_parameters())

@@ -1,18 +1,16 @@
 """What a user can do wrong: a clear error, the right exit code, and nothing half-written."""
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 
 import numpy as np
 import pytest
 from conftest import ROOT, small_run
-from PIL import Image
+from tars import encode_png, write_tar
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -27,18 +25,7 @@ def refused(outcome, code, *texts):
 
 
 def png(value=128, size=8):
-    data = io.BytesIO()
-    Image.fromarray(np.full((size, size), value, np.uint8)).save(data, "PNG")
-    return data.getvalue()
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    return encode_png(np.full((size, size), value, np.uint8))
 
 
 @pytest.fixture

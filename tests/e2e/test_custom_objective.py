@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from sslscale.config import RunConfig, validate
+from sslscale.corpus import TOOLS
 from sslscale.errors import StageError, UserError
-from sslscale.models.image import load_backbone
+from sslscale.models.export import load_backbone
 from sslscale.pipeline import run_stages
 from sslscale.pretrain.stage import run_pretrain
 from sslscale.rundir import RunDir
@@ -71,7 +72,7 @@ def pretrain(digits, tmp_path, monkeypatch):
         }
         config = validate(RunConfig, {"datasets": {"train": str(digits)}, "pretrain": section})
         with RunDir(tmp_path / run) as folder:
-            return run_pretrain(folder, config, LocalRuntime())
+            return run_pretrain(folder, config, LocalRuntime(), TOOLS)
 
     return call
 

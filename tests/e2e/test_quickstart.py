@@ -56,7 +56,8 @@ def test_the_index_opens_with_faiss_and_finds_each_row_first(run):
     index = faiss.read_index(str(run / "index" / "main" / "index.faiss"))
     rows = np.load(run / "embed" / "train" / "part-00001.npy")[:20].astype(np.float32)
     _, found = index.search(rows / np.linalg.norm(rows, axis=1, keepdims=True), 1)
-    assert found[:, 0].tolist() == [(1 << 32) | row for row in range(20)]
+    row_ids = np.load(run / "index" / "main" / "rows.npy")
+    assert row_ids[found[:, 0]].tolist() == [(1 << 32) | row for row in range(20)]
     result = read(run / "index" / "main" / "result.json")
     assert index.ntotal == result["num_vectors"] == 1797
     assert result["recall_at_10"] > 0.95  # by ids: rows at the same distance may count as misses

@@ -28,6 +28,25 @@ def test_what_is_dumped_loads_as_the_same_config(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, dump_config(config))) == config
 
 
+def test_a_file_lies_over_its_base_setting_by_setting(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    write(tmp_path / "shared", "seed: 1\nrun: runs/base\npretrain: {epochs: 5, optimizer: {lr: 0.1, name: sgd}}\n")
+    over = write(tmp_path, "base: shared/config.yaml\nseed: 2\npretrain: {optimizer: {lr: 0.2}}\nindex: null\n")
+    config = load_config(over, ["pretrain.epochs=7"])
+    assert config.pretrain is not None
+    assert (config.seed, config.pretrain.epochs, config.index) == (2, 7, None)
+    assert config.run.endswith("runs/base")
+    # a setting is replaced as a whole: the base's sgd is gone
+    assert (config.pretrain.optimizer.lr, config.pretrain.optimizer.name) == (0.2, "adamw")
+
+
+def test_a_base_that_is_missing_or_goes_in_circles_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml, the base of"):
+        load_config(write(tmp_path, "base: nowhere.yaml"))
+    with pytest.raises(UserError, match="each other's base"):
+        load_config(write(tmp_path, "base: config.yaml"))
+
+
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "")) == load_config()
 

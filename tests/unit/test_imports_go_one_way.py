@@ -19,6 +19,8 @@ PACKAGE = Path(sslscale.__file__).parent
 # they do not import each other.
 ROOMS = (
     ("errors",),
+    ("storage",),
+    ("lease",),
     ("config", "rundir", "provenance"),
     ("runtime",),
     ("shards",),
@@ -30,22 +32,38 @@ ROOMS = (
     ("embed",),
     ("index",),
     ("cluster", "anomaly", "reduce"),
+    ("dedup", "corpus"),
     ("report",),
-    ("pipeline", "doctor", "summary"),
+    ("plan",),
+    ("pipeline", "doctor", "summary", "status"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 # Where a package may be imported at all.
 HOMES = {
-    "ray": ("runtime/ray.py", "pretrain/launch.py", "report/explore/"),
-    "deepspeed": ("pretrain/engine.py",),
+    "ray": ("runtime/ray.py", "runtime/submit.py", "pretrain/launch.py", "report/explore/"),
+    "deepspeed": ("pretrain/engine.py", "plan/probe.py"),
     "faiss": ("index/", "cluster/", "anomaly/", "reduce/"),
     "webdataset": ("shards/",),
+    "transformers": ("models/",),
+    "tokenizers": ("shards/text.py",),
+    "av": ("shards/video.py", "shards/sources/moving_digits.py"),
 }
 
 # What `import sslscale` and `sslscale --help` load imports nothing heavy at its top.
-LIGHT = ("__init__.py", "cli.py", "errors.py", "rundir.py", "pipeline.py", "doctor.py", "config/", "runtime/base.py")
+LIGHT = (
+    "__init__.py",
+    "cli.py",
+    "errors.py",
+    "storage.py",
+    "lease.py",
+    "rundir.py",
+    "pipeline.py",
+    "doctor.py",
+    "config/",
+    "runtime/base.py",
+)
 HEAVY = {"torch", "torchvision", "timm", "transformers", "sklearn", "pyarrow", "numpy", "fsspec", "PIL", *HOMES}
 
 

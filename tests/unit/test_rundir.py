@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-import sslscale.rundir as rundir
+import sslscale.lease as leases
+from sslscale import storage
 from sslscale.errors import StageError, UserError
 from sslscale.rundir import Metrics, RunDir, Stage, discard, flatten, hash_json, read_json, write_atomic, write_json
 
@@ -80,7 +81,7 @@ def test_a_stage_continues_and_ends_with_its_result(run: RunDir) -> None:
     assert again.part_done("part-00001") is None
     assert list(again.failures()) == [{"key": "a", "reason": "not an image"}]
     result = again.finish({"iterations": 4})
-    assert result == {"format_version": 1, "identity": first.identity, "iterations": 4}
+    assert result == {"format_version": 1, "identity": first.identity, "iterations": 4, "storage_retries": 0}
     assert stage(run).done
 
 
@@ -185,9 +186,12 @@ def test_the_manifest_merges_one_level(run: RunDir) -> None:
 # ------------------------------------------------------------------ the lease
 
 
-def test_a_run_is_not_a_url_and_must_be_writable(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="local or mounted"):
-        RunDir("s3://bucket/run")
+def lease(run: RunDir) -> Path:
+    """The lease that counts."""
+    return sorted((run.path / ".lease").iterdir())[-1]
+
+
+def test_a_run_must_be_writable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
         with pytest.raises(UserError, match="cannot be written"), RunDir(path):
@@ -197,7 +201,7 @@ def test_a_run_is_not_a_url_and_must_be_writable(tmp_path: Path) -> None:
 def test_a_lease_is_released(run: RunDir) -> None:
     for _ in range(2):
         with run:
-            holder = read_json(run.path / ".lease")
+            holder = read_json(lease(run))
             assert holder["pid"] == os.getpid()
         assert not (run.path / ".lease").exists()
 
@@ -219,29 +223,30 @@ def test_another_live_process_is_refused_and_a_killed_one_is_not_waited_for(run:
         pass
     holder.kill()
     holder.wait()
-    assert (run.path / ".lease").exists()
+    assert read_json(lease(run))["pid"] == holder.pid
     with run:
-        assert read_json(run.path / ".lease")["pid"] == os.getpid()
+        assert read_json(lease(run))["pid"] == os.getpid()
+        assert len(list((run.path / ".lease").iterdir())) == 1
     holder.stdout.close()
 
 
-def _as_if_held(run: RunDir, **changes: Any) -> None:
-    own = {"machine": rundir._machine(), "pid": os.getpid(), "start": rundir._start_time(os.getpid())}
-    write_json(run.path / ".lease", {"token": "theirs", **own, "time": time.time(), **changes})
+def _as_if_held(run: RunDir, number: int = 5, **changes: Any) -> None:
+    own = {"machine": leases._machine(), "pid": os.getpid(), "start": leases._start_time(os.getpid())}
+    write_json(run.path / ".lease" / f"{number:08d}", {"token": "theirs", **own, "time": time.time(), **changes})
 
 
 def test_who_is_alive(run: RunDir) -> None:
-    start = rundir._start_time(os.getpid())
+    start = leases._start_time(os.getpid())
     assert start is not None
     elsewhere = {"machine": "far-away pid:[7]", "pid": 1}
-    for alive in ({}, {"start": start + 0.5}, {**elsewhere, "time": time.time() - rundir.LEASE_SECONDS + 5}):
+    for alive in ({}, {"start": start + 0.5}, {**elsewhere, "time": time.time() - leases.LEASE_SECONDS + 5}):
         _as_if_held(run, **alive)
         with pytest.raises(UserError, match="in use by another process"), run:
             pass
-    for dead in ({"start": start - 100}, {**elsewhere, "time": time.time() - rundir.LEASE_SECONDS - 1}):
+    for dead in ({"start": start - 100}, {**elsewhere, "time": time.time() - leases.LEASE_SECONDS - 1}):
         _as_if_held(run, **dead)
         with run:
-            assert read_json(run.path / ".lease")["token"] != "theirs"
+            assert read_json(lease(run))["token"] != "theirs"
 
 
 def test_a_heartbeat_renews_the_lease_and_a_lost_one_stops_the_work(
@@ -250,18 +255,44 @@ def test_a_heartbeat_renews_the_lease_and_a_lost_one_stops_the_work(
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    monkeypatch.setattr(rundir, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.05)
     request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever an earlier test's library has set
     with run:
-        first = read_json(run.path / ".lease")["time"]
+        first = read_json(lease(run))["time"]
         time.sleep(0.3)
-        assert read_json(run.path / ".lease")["time"] > first
+        assert read_json(lease(run))["time"] > first
         with pytest.raises(KeyboardInterrupt):
             _as_if_held(run, machine="far-away")
             time.sleep(5)
     assert "held by pid" in capsys.readouterr().err
-    assert json.loads((run.path / ".lease").read_text())["token"] == "theirs"
+    assert json.loads(lease(run).read_text())["token"] == "theirs"
+
+
+def test_a_name_that_is_being_written_counts_as_a_holder_for_a_while(run: RunDir) -> None:
+    half = run.path / ".lease" / "00000003"
+    write_atomic(half, "")
+    with pytest.raises(UserError, match="in use"), run:
+        pass
+    long_ago = time.time() - leases.LEASE_SECONDS - 1
+    os.utime(half, (long_ago, long_ago))
+    with run:
+        assert lease(run).name == "00000004"
+
+
+def test_who_comes_late_to_a_dead_lease_gives_way_to_a_living_one(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between this process's look at a dead lease and its own, others have come and gone, and one has begun at 1."""
+    _as_if_held(run, number=1, machine="far-away", time=0)
+    create = storage.create
+
+    def late(path: Path, data: bytes) -> bool:
+        _as_if_held(run, number=1)
+        return create(path, data)
+
+    monkeypatch.setattr(storage, "create", late)
+    with pytest.raises(UserError, match="in use"), run:
+        pass
+    assert lease(run).name == "00000001"
 
 
 def _contend(path: str, start: Any, held: Any) -> None:
@@ -298,7 +329,9 @@ def test_a_reader_beside_the_writer_sees_each_whole_line_once(tmp_path):
     with metrics.path.open("a") as file:
         file.write("}\n")
     assert reader.read_new() == [{"step": 2}]
-    metrics.keep(lambda line: line["step"] < 2)
-    assert reader.read_new() == []
+    metrics.append(step=12)
+    metrics.keep(lambda line: line["step"] != 2)
+    metrics.append(step=13)  # so that what was read ends in the middle of a line
+    assert reader.read_new() == [{"step": 1}, {"step": 12}, {"step": 13}] and reader.read_new() == []
     metrics.append(step=3)
     assert reader.read_new() == [{"step": 3}]

@@ -6,7 +6,8 @@ A source is any class with the attributes of `Source`; a user's own is named `pa
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,10 @@ SOURCES = {
     "fashion-mnist": "sslscale.shards.sources.fashion_mnist:FashionMNIST",
     "cifar10": "sslscale.shards.sources.cifar10:CIFAR10",
     "imagefolder": "sslscale.shards.sources.imagefolder:ImageFolder",
+    "moving-digits": "sslscale.shards.sources.moving_digits:MovingDigits",
+    "text": "sslscale.shards.sources.text:Text",
+    "video": "sslscale.shards.sources.video:Video",
+    "wordnet": "sslscale.shards.sources.wordnet:WordNet",
 }
 
 
@@ -27,17 +32,17 @@ SOURCES = {
 class Example:
     """One sample of a source.
 
-    `image` is uint8 (H, W) or (H, W, 3), still to be encoded, or an encoded file's bytes with its `extension`.
+    `data` is an image, uint8 (H, W) or (H, W, 3), still to be encoded, or a file's bytes with its `extension`.
     """
 
-    image: np.ndarray | bytes
+    data: np.ndarray | bytes
     label: int | None = None
     extension: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Source(Protocol):
-    """`Source(path)` finds its data (UserError where it cannot); every worker of `pack` makes its own."""
+    """`Source(path, **options)` finds its data (UserError where it cannot); every worker of `pack` makes its own."""
 
     splits: Mapping[str, int]  # name -> number of samples
     fingerprint: str  # changes when the data does
@@ -47,8 +52,20 @@ class Source(Protocol):
         ...
 
 
-def make_source(name: str, path: str | None = None) -> Source:
+def make_source(name: str, path: str | None = None, options: Mapping[str, Any] | None = None) -> Source:
     """The source called `name`, or a user's own `package.module:Class`, on the data at `path`."""
+    found, arguments = _find_source(name), options or {}
+    try:
+        inspect.signature(found).bind(path, **arguments)
+    except TypeError as error:
+        names = [parameter for parameter in inspect.signature(found).parameters if parameter != "path"]
+        raise UserError(
+            f"the source {name!r} refuses pack.options", got=str(error), allowed=", ".join(names) or "none"
+        ) from None
+    return found(path, **arguments)
+
+
+def _find_source(name: str) -> Callable[..., Source]:
     target = SOURCES.get(name, name)
     module, _, cls = target.partition(":")
     if not cls:
@@ -58,7 +75,7 @@ def make_source(name: str, path: str | None = None) -> Source:
             allowed=f"{', '.join(SOURCES)} or package.module:Class",
         )
     try:
-        return getattr(importlib.import_module(module), cls)(path)
+        return getattr(importlib.import_module(module), cls)
     except (ModuleNotFoundError, AttributeError) as error:
         if target != name:
             raise

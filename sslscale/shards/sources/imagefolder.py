@@ -19,17 +19,21 @@ _SPLITS = ("train", "val", "valid", "test")
 class ImageFolder:
     """Labels number the class folders of all splits, sorted by name; class and path go into the sample's metadata."""
 
+    name, kind = "imagefolder", "images"
+    extensions: tuple[str, ...] = IMAGES
+
     def __init__(self, path: str | None = None) -> None:
         if path is None:
-            raise UserError("imagefolder needs the folder of the images", fix="pack.path=FOLDER")
+            raise UserError(f"{self.name} needs the folder of the {self.kind}", fix="pack.path=FOLDER")
         self.root = Path(path).expanduser()
         if not self.root.is_dir():
-            raise UserError("the folder of the images does not exist", got=path)
+            raise UserError(f"the folder of the {self.kind} does not exist", got=path)
         splits = [name for name in _SPLITS if (self.root / name).is_dir()]
-        self.files = {name: _images(self.root / name) for name in splits} or {"train": _images(self.root)}
+        self.files = {name: self._found(self.root / name) for name in splits} or {"train": self._found(self.root)}
         self.splits = {name: len(files) for name, files in self.files.items()}
         if not any(self.splits.values()):
-            raise UserError("no images here", got=path, allowed=" ".join(f"*.{ending}" for ending in IMAGES))
+            allowed = " ".join(f"*.{ending}" for ending in self.extensions)
+            raise UserError(f"no {self.kind} here", got=path, allowed=allowed)
         names = {name for files in self.files.values() for name in map(_class_name, files) if name is not None}
         self.classes = {name: label for label, name in enumerate(sorted(names))}
         self.bases = {name: self.root / name if splits else self.root for name in self.files}
@@ -45,18 +49,19 @@ class ImageFolder:
         extension = file.rpartition(".")[2].lower()
         return Example((self.bases[split] / file).read_bytes(), label, extension, metadata)
 
-
-def _images(base: Path) -> list[str]:
-    """Paths of the images under `base`, relative to it, sorted."""
-    found = [
-        (Path(folder) / name).relative_to(base).as_posix()
-        for folder, _, names in os.walk(base, followlinks=True)
-        for name in names
-        if name.rpartition(".")[2].lower() in IMAGES and not name.startswith(".")
-    ]
-    if len({"/" in file for file in found}) > 1:
-        raise UserError("images lie both in class folders and beside them", got=str(base), allowed="one or the other")
-    return sorted(found)
+    def _found(self, base: Path) -> list[str]:
+        """Paths of the files under `base`, relative to it, sorted."""
+        found = [
+            (Path(folder) / name).relative_to(base).as_posix()
+            for folder, _, names in os.walk(base, followlinks=True)
+            for name in names
+            if name.rpartition(".")[2].lower() in self.extensions and not name.startswith(".")
+        ]
+        if len({"/" in file for file in found}) > 1:
+            raise UserError(
+                f"{self.kind} lie both in class folders and beside them", got=str(base), allowed="one or the other"
+            )
+        return sorted(found)
 
 
 def _class_name(file: str) -> str | None:

@@ -5,6 +5,7 @@ from sslscale.cluster import kernels
 from sslscale.cluster.kernels import (
     Farthest,
     Pass,
+    Shortcut,
     Totals,
     accumulate,
     farthest,
@@ -130,6 +131,24 @@ def test_a_projection_finds_the_nearest_where_it_holds_the_variance():
     np.testing.assert_allclose(basis.T @ basis, np.eye(32), atol=1e-5)
     agreement = (nearest_centroid(x, centroids, basis) == nearest_centroid(x, centroids)).mean()
     assert agreement > 0.95
+
+
+def test_a_shortcut_finds_what_its_projections_miss():
+    x = low_rank(rank=40, noise=0.1)
+    centroids = x[:300]
+    shortcut = Shortcut.of(centroids, 0.6)
+    assert shortcut.near.shape == (300, 32) and (shortcut.near == np.arange(300)[:, None]).any(axis=1).all()
+    exact = nearest_centroid(x, centroids)
+    guessed = (nearest_centroid(x, centroids, shortcut.basis) == exact).mean()
+    found = shortcut.labels(x, "l2", centroids) == exact
+    assert 1 - found.mean() < (1 - guessed) / 2  # forty directions that matter alike: hard for both
+    sample = np.arange(3, 2000, 7)
+    np.testing.assert_array_equal(
+        shortcut.labels(x, "l2", centroids, sample), shortcut.labels(x, "l2", centroids)[sample]
+    )
+    np.testing.assert_array_equal(
+        Shortcut.of(centroids[:20], 0.6).labels(x, "l2", centroids[:20]), nearest_centroid(x, centroids[:20])
+    )
 
 
 def test_no_projection_where_it_would_hold_too_little():

@@ -168,7 +168,7 @@ def many_rows():
 @pytest.fixture
 def small_scale(monkeypatch):
     """The schedule of large data, on small data."""
-    for name, value in {"SAMPLE_PER_CLUSTER": 32, "MIN_SAMPLE": 1000, "CHUNK_ROWS": 1000}.items():
+    for name, value in {"FIRST_PER_CLUSTER": 32, "MIN_SAMPLE": 1000, "CHUNK_ROWS": 1000}.items():
         monkeypatch.setattr(lloyd_module, name, value)
     for name, value in {"PROJECTED_CLUSTERS": 8, "PROJECTED_DIM": 8}.items():
         monkeypatch.setattr(lloyd_module, name, value)
@@ -180,8 +180,10 @@ def test_the_schedule_grows_to_exact_passes_over_all_rows():
     assert schedule("minibatch", 10_000, 64, 10) == [lloyd_module.EXACT]
     steps = schedule("minibatch", 10**9, 384, 1000)
     shares = [step.share for step in steps]
-    assert shares == sorted(shares) and shares[0] * 10**9 >= 256_000 > shares[0] * 10**9 / 2
-    assert [step.energy for step in steps[-3:]] == [0.85, 0.95, None] and shares[-3:] == [1, 1, 1]
+    assert shares == sorted(shares) and shares[0] * 10**9 >= 32_000 > shares[0] * 10**9 / 2
+    assert [step.exact for step in steps] == [False] * (len(steps) - 1) + [True] and shares[-2:] == [1, 1]
+    few_dimensions = schedule("minibatch", 10**9, 64, 1000)
+    assert all(step.exact for step in few_dimensions) and [step.share for step in few_dimensions] == shares[:-1]
 
 
 def test_minibatch_ends_like_lloyd(small_scale):

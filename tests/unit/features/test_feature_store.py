@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -74,12 +75,20 @@ def test_look_up_by_key(tmp_path):
         store.lookup(["nobody"])
 
 
-def test_keys_whose_hashes_collide_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("sslscale.features.store.hash_keys", lambda keys: np.full(len(keys), 9, dtype=np.uint64))
+def test_keys_whose_hashes_begin_alike_are_told_apart(tmp_path, monkeypatch):
+    whole = hash_keys
+    monkeypatch.setattr("sslscale.features.store.hash_keys", lambda keys: whole(keys) * np.array([[0], [1]], np.uint64))
     store = write_store(tmp_path)
     assert [store.lookup([f"k0-{row}"])[0] for row in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="no sample"):
         store.lookup(["k9-9"])
+
+
+def test_look_up_opens_no_table(tmp_path, monkeypatch):
+    store = write_store(tmp_path)
+    for part in store.parts:
+        (tmp_path / f"part-{part.part:05d}.parquet").unlink()
+    assert store.lookup(["k1-2", "k0-4"]).tolist() == [1 << 32 | 2, 4]
 
 
 def test_a_key_that_shards_repeat_is_refused_by_look_up(tmp_path):
@@ -90,8 +99,19 @@ def test_a_key_that_shards_repeat_is_refused_by_look_up(tmp_path):
         store.lookup(["a"])
 
 
-def test_hash_is_blake2b_64():
-    assert hash_keys(["a"])[0] == int.from_bytes(bytes.fromhex("40f89e395b66422f"), "little")  # b2sum -l 64
+def test_hash_is_blake2b_128():
+    digest = bytes.fromhex(hashlib.blake2b(b"a", digest_size=16).hexdigest())
+    assert [int(half[0]) for half in hash_keys(["a"])] == [
+        int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"),
+    ]  # fmt: skip
+
+
+def test_a_store_of_another_format_is_refused(tmp_path):
+    write_store(tmp_path)
+    record = json.loads((tmp_path / "features.json").read_text())
+    write_json(tmp_path / "features.json", {**record, "format_version": 1})
+    with pytest.raises(UserError, match=r"another format[\s\S]*embed again"):
+        FeatureStore.open(tmp_path)
 
 
 def test_labels_are_all_or_nothing(tmp_path):
@@ -152,15 +172,21 @@ def test_open_features_names_what_is_embedded(tmp_path):
 
 def test_features_of_an_earlier_backbone_of_the_run_are_refused(tmp_path):
     run, exported = RunDir(tmp_path), tmp_path / "pretrain" / "backbone"
-    write_store(tmp_path / "embed" / "train", backbone="b0")
-    write_json(tmp_path / "embed" / "train" / "result.json", {"backbone": {"name": "pretrain"}})
+    write_store(tmp_path / "embed" / "train", backbone="b0 and an output")
+    result = tmp_path / "embed" / "train" / "result.json"
+    made_by = {"name": "pretrain", "weights": "b0", "sha256": "b0 and an output"}
+    write_json(result, {"backbone": made_by})
     write_json(exported / "backbone.json", {"sha256": "b0"})
-    assert open_features(run).backbone == "b0"
+    assert open_features(run).backbone == "b0 and an output"
     write_json(exported / "backbone.json", {"sha256": "b1"})
     with pytest.raises(UserError, match="another backbone"):
         open_features(run)
-    write_json(tmp_path / "embed" / "train" / "result.json", {"backbone": {"name": "pixels"}})
-    assert open_features(run).backbone == "b0"
+    write_json(exported / "backbone.json", {"sha256": "b0"})
+    write_json(result, {"backbone": {**made_by, "sha256": "b0 and another output"}})
+    with pytest.raises(UserError, match="another backbone"):
+        open_features(run)
+    write_json(result, {"backbone": {**made_by, "name": "pixels"}})
+    assert open_features(run).num_rows == 8
 
 
 def test_sample_positions():

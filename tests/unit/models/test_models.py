@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from sslscale.config import BackboneConfig
 from sslscale.errors import UserError
+from sslscale.models.export import export_backbone, load_backbone, read_backbone_meta
 from sslscale.models.handcrafted import HOG, Pixels
-from sslscale.models.image import Backbone, export_backbone, load_backbone, read_backbone_meta
+from sslscale.models.image import Backbone
 from sslscale.models.load import find_embedder
 
 SMALL = BackboneConfig(
@@ -28,7 +29,7 @@ POOLED = VIT.model_copy(update={"kwargs": {**VIT.kwargs, "global_pool": "avg", "
 def export(config, folder, size=16):
     torch.manual_seed(0)
     backbone = Backbone(config).eval()
-    sha = export_backbone(config, backbone.model.state_dict(), folder, feature_dim=backbone.feature_dim, size=size)
+    sha = export_backbone(backbone, backbone.model.state_dict(), folder, size=size)
     return backbone, sha
 
 

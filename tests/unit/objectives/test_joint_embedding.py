@@ -12,7 +12,7 @@ from sslscale.config import AugmentConfig, BackboneConfig, PretrainConfig, RunCo
 from sslscale.errors import UserError
 from sslscale.models.heads import Prototypes
 from sslscale.models.image import Backbone
-from sslscale.objectives import build_objective, find_objective
+from sslscale.objectives import build_objective
 from sslscale.objectives.base import by_resolution, full_precision
 from sslscale.objectives.moco_v3 import contrast
 from sslscale.objectives.swav import sinkhorn
@@ -38,7 +38,7 @@ def batch_of(objective, start=0, stop=6):
     images = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(1))
     random = KeyedRandom.of(0, torch.zeros(12, dtype=torch.int64), torch.arange(12))
     views = objective.views(images, random)
-    return Batch({name: view[start:stop] for name, view in views.items()}, random)
+    return Batch({name: view[start:stop] for name, view in views.items()}, random, torch.arange(start, stop))
 
 
 def test_a_teacher_is_the_average_whose_momentum_goes_to_one_along_a_cosine():
@@ -80,7 +80,7 @@ def test_objectives_with_a_teacher_are_refused_under_zero_3_before_anything_star
         pretrain = PretrainConfig(
             objective=objective, backbone=VIT, views=AugmentConfig(size=16), zero_stage=stage, num_workers=1
         )
-        _check_views(find_objective(objective["name"]), RunConfig(pretrain=pretrain))
+        _check_views(RunConfig(pretrain=pretrain))
 
     check({"name": "byol", **SMALL}, 2)
     check({"name": "vicreg", **SMALL}, 3)
@@ -192,3 +192,21 @@ def test_a_loss_in_full_precision_does_not_see_autocast():
         assert torch.equal(product(z, z), exact)
         assert product(z.bfloat16(), z).dtype == torch.float32
         assert (z @ z).dtype == torch.bfloat16
+
+
+def test_dino_holds_its_output_layer_until_its_share_of_the_steps_is_over():
+    objective = build("dino", num_prototypes=32, local_crops=2, local_size=8, freeze_share=0.1)
+    output, hidden = objective.head[-1].weight, objective.head[0].weight
+    for progress, trained in ((0.0, False), (0.05, False), (0.1, True)):
+        objective.zero_grad()
+        objective(batch_of(objective))["loss"].backward()
+        assert bool(output.grad.any()) is trained and hidden.grad.any()
+        objective.after_step(progress + 0.05)
+
+
+def test_moco_v3_leaves_the_patch_embedding_of_a_vit_as_it_is():
+    for frozen in (True, False):
+        objective = build("moco_v3", freeze_patch_embed=frozen)
+        objective(batch_of(objective))["loss"].backward()
+        assert (objective.backbone.vit.patch_embed.proj.weight.grad is None) is frozen
+        assert objective.backbone.vit.blocks[0].attn.qkv.weight.grad.any()

@@ -72,7 +72,7 @@ def test_lab_is_scikit_images():
 def test_colorization_sees_no_colour_and_balances_the_colours_that_it_saw():
     objective = build_objective({"name": "colorization", "decoder_width": 8}, Backbone(RESNET), AugmentConfig(size=16))
     images = torch.rand(6, 3, 16, 16)
-    objective(Batch({"view": images}, keyed(6)))
+    objective(Batch({"view": images}, keyed(6), torch.arange(6)))
     target = objective.targets(images)
     torch.testing.assert_close(target.sum(dim=2), torch.ones(6, 16))
     objective.after_step(1.0)
@@ -105,7 +105,7 @@ def test_inpainting_does_not_depend_on_what_is_hidden_but_its_loss_does():
     seen = []
     objective.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     other = torch.where(hidden, torch.rand_like(images), images)
-    losses = [objective(Batch({"view": x}, random))["loss"] for x in (images, other)]
+    losses = [objective(Batch({"view": x}, random, torch.arange(len(x))))["loss"] for x in (images, other)]
     assert torch.equal(*seen) and losses[0] != losses[1]
 
 

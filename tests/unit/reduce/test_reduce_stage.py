@@ -7,7 +7,7 @@ import pytest
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureStore, open_features
-from sslscale.reduce.compress import codecs, measure, neighbours
+from sslscale.reduce.compress import codecs, empty_codec, measure, neighbours
 from sslscale.reduce.stage import run_reduce
 from sslscale.rundir import RunDir
 from sslscale.runtime.base import make_runtime
@@ -44,6 +44,17 @@ def test_the_table_says_what_each_method_keeps(run):
     assert run_reduce(run, config(), make_runtime("local")) == result
     codec = faiss.read_index(str(run.path / "reduce/main/codecs/OPQ+PQ2.faiss"))
     assert codec.sa_encode(np.zeros((2, DIM), np.float32)).shape == (2, 2)
+
+
+def test_pca_loses_what_lies_outside_its_subspace_and_nothing_of_the_mean(tmp_path):
+    x = np.random.default_rng(0).normal(size=(400, DIM)).astype(np.float32) * np.geomspace(4, 0.1, DIM) + 7
+    codec = empty_codec("PCA4,Flat", DIM)
+    codec.train(x)
+    faiss.write_index(codec, str(tmp_path / "codec"))
+    at = np.arange(10)
+    line = measure(faiss.read_index(str(tmp_path / "codec")), x, at, neighbours(x, at), 20)
+    energies = np.linalg.eigvalsh(np.cov(x.T.astype(np.float64)))
+    assert line["reconstruction_error"] == pytest.approx(energies[:-4].sum() / energies.sum(), rel=1e-3)
 
 
 def test_the_map_has_its_share_of_every_dataset(run):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from tars import encode_png, write_tar
 
 from sslscale.config import RunConfig, validate
 from sslscale.features import FeatureStore, open_features
 from sslscale.features.files import write_npy
+from sslscale.index.record import indexed_parts, write_parts
 from sslscale.rundir import RunDir, write_json
 
 HOSTILE = "<script>alert('1')</script>"
@@ -73,14 +73,8 @@ def make_run(tmp_path):
 
 
 def write_shard(path: Path, samples: list[tuple[str, int]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for key, value in samples:
-            data = io.BytesIO()
-            Image.fromarray(np.full((4, 4), value, np.uint8)).save(data, "PNG")
-            info = tarfile.TarInfo(f"{key}.png")
-            info.size = len(data.getvalue())
-            tar.addfile(info, io.BytesIO(data.getvalue()))
+    members = [(f"{key}.png", encode_png(np.full((4, 4), value, np.uint8))) for key, value in samples]
+    write_tar(path, members, tarfile.PAX_FORMAT)
 
 
 def write_features(run: RunDir, data: Path, keys: list[str], labels: np.ndarray, labelled: bool) -> None:
@@ -135,8 +129,11 @@ def write_stages(made: Made, labelled: bool) -> None:
     reference = {"num_reference": len(made.keys), "reference": list(PARTS), "k": K, "metric": "cosine"}
     measures = {"auroc": 0.7312 if labelled else None, "average_precision": 0.4129 if labelled else None}
     anomaly.finish({"num_samples": len(made.keys), **reference, "measures": measures})
+    write_reduction(run, made, identity)
     index = {"factory": "Flat", "num_vectors": len(made.keys), "bytes": 2048, "recall_at_10": 0.9876, **named}
-    run.open_stage("index", "main", named, identity).finish(index)
+    stage = run.open_stage("index", "main", named, identity)
+    write_parts(stage.path / "parts.json", indexed_parts(features))
+    stage.finish({**index, "parts": "parts.json", "shards": []})
     for acc, name in enumerate(("pixels", "hog")):
         inner = RunDir(run.path / "baselines" / name).open_stage("cluster", "main", {}, {})
         inner.finish(cluster_result(made, labelled, acc=0.5 + acc / 10))
@@ -153,7 +150,24 @@ def cluster_result(made: Made, labelled: bool, acc: float) -> dict[str, Any]:
     sizes = np.bincount(made.assignments, minlength=NUM_CLUSTERS).tolist()
     counts = {"num_clusters": NUM_CLUSTERS, "num_samples": len(made.keys), "objective": 1.0, "iterations": 7}
     of_test = {"num_samples": 9, "measures": {name: value and value / 2 for name, value in measures.items()}}
-    return {**counts, "measures": measures, "sizes": sizes, "datasets": {"test": of_test}}
+    sweep = [
+        {"num_clusters": k, "objective": 9.0 / k, "silhouette": 0.1 * k, "davies_bouldin": None}
+        | {"stability_seeds": None, "stability_halves": 0.7531}
+        for k in (2, NUM_CLUSTERS)
+    ]
+    return {**counts, "measures": measures, "sizes": sizes, "datasets": {"test": of_test}, "sweep": sweep}
+
+
+def write_reduction(run: RunDir, made: Made, identity: dict[str, str]) -> None:
+    """A map of every third row, and a table of two codes."""
+    stage = run.open_stage("reduce", "main", {"datasets": list(PARTS)}, {"features": identity["features"]})
+    write_npy(stage.path / "map_rows.npy", made.row_ids[::3])
+    write_npy(stage.path / "map.npy", np.random.default_rng(2).normal(size=(len(made.row_ids[::3]), 2)))
+    kept = {"reconstruction_error": 0.0, "recall_at_10": 1.0, "recall_at_10_reranked": 1.0}
+    lost = {"reconstruction_error": 0.2468, "recall_at_10": 0.8642, "recall_at_10_reranked": 0.9753}
+    table = [{"method": "fp32", "bytes_per_vector": 16, **kept}, {"method": "SQ8", "bytes_per_vector": 4, **lost}]
+    counts = {"num_vectors": len(made.keys), "dim": DIM}
+    stage.finish({**counts, "table": table, "map": {"method": "pca", "num_points": len(made.row_ids[::3])}})
 
 
 def write_training(run: RunDir) -> None:

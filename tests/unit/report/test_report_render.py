@@ -55,6 +55,24 @@ def page_of(made) -> Page:
     return Page(Path(result["path"]).read_text())
 
 
+def test_compression_is_a_table_and_a_map_with_the_clusters_of_its_points(make_run):
+    made = make_run()
+    page = page_of(made)
+    assert ["SQ8", "4", "4×", "0.247", "0.864", "0.975"] in page.rows
+    dots = [attributes for attributes in page.all("path") if attributes["class"] == "dots"]
+    shown = made.assignments[::3]
+    assert len(dots) == len(np.unique(shown))
+    assert [dot["d"].count("M") for dot in dots] == np.unique(shown, return_counts=True)[1].tolist()
+
+
+def test_the_numbers_of_clusters_that_were_tried_are_drawn(make_run):
+    page = page_of(make_run())
+    labels = [attributes.get("aria-label") or "" for attributes in page.all("svg")]
+    assert "Objective by number of clusters: 2: 4.5, 5: 1.8" in labels
+    assert "Stability over halves by number of clusters: 2: 0.7531, 5: 0.7531" in labels
+    assert not any(label.startswith(("Davies", "Stability over seeds")) for label in labels)
+
+
 def test_the_tables_hold_the_numbers_of_the_files(make_run):
     rows = page_of(make_run()).rows
     free = ["0.314", "1.234", "1.068"]
@@ -135,14 +153,14 @@ def test_without_labels_their_columns_are_absent(make_run):
     assert "AUROC" not in page.text and "label 0" not in page.text
 
 
-@pytest.mark.parametrize("missing", ["pretrain", "index", "cluster", "anomaly", "baselines"])
+@pytest.mark.parametrize("missing", ["pretrain", "index", "cluster", "anomaly", "reduce", "baselines"])
 def test_a_missing_stage_is_absent(make_run, missing):
     made = make_run()
-    sections = {"pretrain": "training", "cluster": "clusters", "anomaly": "anomalies"}
+    sections = {"pretrain": "training", "anomaly": "anomalies", "reduce": "compression"}
     shutil.rmtree(made.run.path / missing)
     page = page_of(made)
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
-    expected = {"measures", "clusters", "anomalies", "training", "counts", "provenance"}
+    expected = {"measures", "clusters", "anomalies", "compression", "training", "counts", "provenance"}
     gone = {"measures", "clusters"} if missing == "cluster" else {sections.get(missing)}
     assert ids == expected - gone
     assert ("recall@10" in page.text) == (missing != "index")

@@ -14,7 +14,7 @@ from sslscale.runtime.dispatch import DispatchPool
 
 
 def answer(result: Any = None, error: Exception | None = None) -> bytes:
-    return pickle.dumps((result, error, "Traceback ..."))
+    return pickle.dumps((result, error, "Traceback ...", 0))
 
 
 class ScriptedPool(DispatchPool[int]):

@@ -1,28 +1,14 @@
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from tars import encode_png, write_tar
 
 
 def png(value: int, side: int = 4) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(np.full((side, side), value, np.uint8)).save(data, "PNG")
-    return data.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    return encode_png(np.full((side, side), value, np.uint8))
 
 
 @pytest.fixture

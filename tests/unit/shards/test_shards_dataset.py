@@ -7,6 +7,7 @@ import fsspec
 import pytest
 
 from sslscale.errors import UserError
+from sslscale.shards.cache import ShardCache
 from sslscale.shards.dataset import open_shards
 
 
@@ -29,7 +30,7 @@ def test_one_pass_makes_shards_json_and_later_calls_read_it(make_shards):
 
 def test_a_brace_range_and_a_single_tar_are_parts_of_a_folder(make_shards, tmp_path):
     folder = make_shards([3, 5, 2])
-    ranged = open_shards(f"{folder}/train-{{00001..00002}}.tar", cache=tmp_path / "cache")
+    ranged = open_shards(f"{folder}/train-{{00001..00002}}.tar", cache=ShardCache(tmp_path / "cache", 2**30))
     assert ranged.counts.tolist() == [5, 2]
     assert not (folder / "shards.json").exists()  # it would not tell of the first shard
     assert open_shards(str(folder / "train-00001.tar")).counts.tolist() == [5]
@@ -40,16 +41,16 @@ def test_a_brace_range_and_a_single_tar_are_parts_of_a_folder(make_shards, tmp_p
 def test_a_folder_that_cannot_be_written_keeps_its_index_in_the_cache(make_shards, tmp_path, monkeypatch):
     folder = make_shards([3])
     monkeypatch.setattr("os.access", lambda *_: False)
-    assert open_shards(str(folder), cache=tmp_path / "cache").counts.tolist() == [3]
+    assert open_shards(str(folder), cache=ShardCache(tmp_path / "cache", 2**30)).counts.tolist() == [3]
     assert not (folder / "shards.json").exists()
     monkeypatch.setattr("sslscale.shards.dataset.TarShard", None)  # the second call reads no tar
-    assert open_shards(str(folder), cache=tmp_path / "cache").counts.tolist() == [3]
+    assert open_shards(str(folder), cache=ShardCache(tmp_path / "cache", 2**30)).counts.tolist() == [3]
 
 
 def test_remote_shards_are_copied_once(make_shards, tmp_path):
     memory = fsspec.filesystem("memory")
     memory.put(str(make_shards([3, 2])), "/bucket", recursive=True)
-    shards = open_shards("memory://bucket", cache=tmp_path / "cache")
+    shards = open_shards("memory://bucket", cache=ShardCache(tmp_path / "cache", 2**30))
     path = shards.local_path(shards.shards[1])
     assert path.read_bytes() == memory.cat_file("/bucket/train-00001.tar")
     assert shards.open(1).keys == ["s0003", "s0004"]

@@ -29,7 +29,8 @@ def test_lossless_images_come_back_as_they_were(format):
 
 def test_grey_and_colour_are_converted_to_the_channels_asked_for():
     assert np.array_equal(decode_image({"png": encode(GREY, "PNG")}, 3, None), np.stack([GREY] * 3))
-    assert decode_image({"jpg": encode(COLOUR, "JPEG")}, 1, None).shape == (1, 6, 8)
+    for format in ("jpeg", "webp", "png"):
+        assert decode_image({format: encode(COLOUR, format.upper())}, 1, None).shape == (1, 6, 8)
 
 
 def test_the_centre_is_kept_at_the_size_asked_for():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -13,13 +12,19 @@ from sslscale.shards.dataset import open_shards
 from sslscale.shards.decode import decode_image
 from sslscale.shards.loader import TrainLoader
 from sslscale.shards.plan import Cursor
+from sslscale.shards.readers import ImageReader, Reader
 
-DECODE = partial(decode_image, channels=1, size=4)
+READER = ImageReader(channels=1, size=4)
 COUNTS = [9, 14, 5]
 
 
+class Reading(Reader):
+    def __init__(self, read):
+        self.read = read
+
+
 def make_loader(folder, rank=0, world_size=1, cursors=None, num_streams=4, **options):
-    settings = {"global_batch": 8, "seed": 3, "shuffle_block": 4, "decode": DECODE, **options}
+    settings = {"global_batch": 8, "seed": 3, "shuffle_block": 4, "reader": READER, **options}
     return TrainLoader(
         open_shards(str(folder)),
         rank=rank,
@@ -63,9 +68,9 @@ def damaged(make_shards, write_tar, png):
 def test_images_belong_to_their_ids(make_shards):
     with make_loader(make_shards(COUNTS)) as loader:
         batch = next(iter(loader))
-    assert batch.images.shape == (8, 1, 4, 4)
-    assert batch.images.dtype == torch.uint8
-    assert batch.images[:, 0, 0, 0].tolist() == batch.ids.tolist()
+    assert batch.inputs.shape == (8, 1, 4, 4)
+    assert batch.inputs.dtype == torch.uint8
+    assert batch.inputs[:, 0, 0, 0].tolist() == batch.ids.tolist()
 
 
 @pytest.mark.parametrize("options", [{"decode_threads": 3}, {"prefetch": 0}, {"prefetch": 5}])
@@ -98,7 +103,7 @@ def test_failures_are_counted_once_an_epoch_and_replaced(damaged):
 
 def test_a_stream_without_a_good_record_ends_the_run(make_shards):
     with (
-        make_loader(make_shards([9]), decode=lambda sample: decode_image({}, 1, 4)) as loader,
+        make_loader(make_shards([9]), reader=Reading(lambda sample: decode_image({}, 1, 4))) as loader,
         pytest.raises(StageError, match="a whole epoch failed"),
     ):
         next(iter(loader))
@@ -108,13 +113,13 @@ def test_an_unforeseen_exception_reaches_the_consumer(make_shards):
     def broken(sample):
         raise ZeroDivisionError
 
-    with make_loader(make_shards([9]), decode=broken) as loader, pytest.raises(ZeroDivisionError):
+    with make_loader(make_shards([9]), reader=Reading(broken)) as loader, pytest.raises(ZeroDivisionError):
         next(iter(loader))
 
 
 def test_images_of_several_sizes_are_refused(make_shards):
     sizes = iter(range(1, 100))
-    loader = make_loader(make_shards([9]), decode=lambda sample: np.zeros((1, next(sizes), 1), np.uint8))
+    loader = make_loader(make_shards([9]), reader=Reading(lambda sample: np.zeros((1, next(sizes), 1), np.uint8)))
     with loader, pytest.raises(StageError, match="differ in shape"):
         next(iter(loader))
 
@@ -134,7 +139,7 @@ def test_waiting_is_measured(make_shards):
         release.wait(0.05)
         return np.zeros((1, 1, 1), np.uint8)
 
-    with make_loader(make_shards([9]), decode=slow) as loader:
+    with make_loader(make_shards([9]), reader=Reading(slow)) as loader:
         next(iter(loader))
         assert loader.wait_seconds >= 0.3  # 8 images of 0.05 s
 

@@ -52,7 +52,7 @@ def test_cifar10_in_its_own_formats(cifar, inside):
     for split, index, row in [("train", 0, 0), ("train", 14, 14), ("test", 2, 17)]:
         example = source.example(split, index)
         assert example.label == LABELS[row]
-        assert np.array_equal(example.image, PIXELS[row].transpose(1, 2, 0))
+        assert np.array_equal(example.data, PIXELS[row].transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize("cifar", ["python2"], indirect=True)
@@ -90,7 +90,7 @@ def test_fashion_mnist_from_idx_files(tmp_path, zipped):
         last = write_idx(tmp_path / f"{split}-labels-idx1-ubyte", labels, zipped)
     source = make_source("fashion-mnist", str(tmp_path))
     assert source.splits == {"train": 5, "test": 5}
-    assert np.array_equal(source.example("test", 3).image, images[3])
+    assert np.array_equal(source.example("test", 3).data, images[3])
     assert source.example("test", 3).label == labels[3]
     last.write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc") if zipped else b"\0\0\x08\x01\0\0\0\x09abc")
     with pytest.raises(UserError, match="not a whole idx file"):
@@ -104,7 +104,7 @@ def test_digits():
     source = make_source("digits")
     example = source.example("train", 0)
     assert source.splits == {"train": 1797}
-    assert (example.image.shape, example.image.dtype, example.image.max()) == ((8, 8), np.uint8, 239)  # 15 of 16
+    assert (example.data.shape, example.data.dtype, example.data.max()) == ((8, 8), np.uint8, 239)  # 15 of 16
     assert example.label == 0
     with pytest.raises(UserError, match="take no path"):
         make_source("digits", "somewhere")
@@ -117,7 +117,7 @@ def test_class_folders_are_labels_over_all_splits(tmp_path, png):
     source = make_source("imagefolder", str(tmp_path))
     assert source.splits == {"train": 2, "test": 1}
     example = source.example("test", 0)
-    assert (example.image, example.extension, example.label) == (png(len("test/dog/c.png")), "png", 1)
+    assert (example.data, example.extension, example.label) == (png(len("test/dog/c.png")), "png", 1)
     assert example.metadata == {"path": "dog/c.png", "class": "dog"}
     before = source.fingerprint
     (tmp_path / "train/cat/z.png").write_bytes(png(0))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import tarfile
 
+import numpy as np
 import pytest
 import webdataset as wds
 
@@ -126,3 +127,50 @@ def test_a_file_replaced_after_opening_fails_the_sample(tmp_path, write_tar):
     write_tar(tmp_path / "new.tar", [("a.png", b"b")]).replace(shard.path)
     with pytest.raises(SampleError, match="replaced"):
         shard.read(0)
+
+
+def mixed_tar(path, rng):
+    """Members of every form that writers use, in runs and alone: ustar, GNU and pax, long names, folders, links."""
+    formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+    with tarfile.open(path, "w", format=formats[rng.integers(3)]) as tar:
+        for number in range(rng.integers(1, 300)):
+            folder = rng.choice(["", "", "", "a/", "a.b/c/", "d" * 90 + "/"])
+            for extension in rng.choice(["png", "cls", "json", "SEG.png", "exe", "__"], rng.integers(1, 4)):
+                info = tarfile.TarInfo(f"{folder}{rng.choice(['', '', '__', '.'])}{number // 2}.{extension}")
+                info.size, info.mtime = int(rng.integers(0, 1500)), float(rng.integers(2) and 1.5)
+                info.type = rng.choice([tarfile.REGTYPE] * 30 + [tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE])
+                tar.addfile(info, io.BytesIO(rng.bytes(info.size)))
+
+
+def contents(shard):
+    return [shard.keys, shard.problems, shard._first, shard._extensions, shard._offsets, shard._sizes]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_many_headers_at_once_are_read_as_one_after_the_other(tmp_path, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    path = tmp_path / "mixed.tar"
+    mixed_tar(path, rng)
+    data = bytearray(path.read_bytes())
+    damaged = [bytes(data), bytes(data[: rng.integers(1, len(data))])]
+    for _ in range(3):
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        damaged.append(bytes(data))
+    for number, content in enumerate(damaged):
+        path.write_bytes(content)
+        monkeypatch.setattr("sslscale.shards.tar._RUN", int(rng.choice([20, 8192])))
+        at_once = contents(TarShard(path))
+        with monkeypatch.context() as patch:
+            patch.setattr(TarShard, "_run", lambda self, tar, position, size: (position, 1))
+            assert contents(TarShard(path)) == at_once, (seed, number)
+
+
+def test_runs_of_headers_are_really_taken(tmp_path, monkeypatch):
+    path = tmp_path / "plain.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(100):
+            info = tarfile.TarInfo(f"{number:05d}.png")
+            info.mtime = 1.5
+            tar.addfile(info)
+    monkeypatch.setattr("sslscale.shards.tar._check", None)  # what one after the other would call
+    assert len(TarShard(path)) == 100

@@ -34,7 +34,7 @@ def test_the_shards_hold_the_source(tmp_path):
     assert [sample.key for sample in samples] == [f"train-{index:06d}" for index in range(100)]
     for index in (0, 41, 99):
         example = source.example("train", index)
-        assert np.array_equal(decode_image(samples[index].data, 1, None)[0], example.image)
+        assert np.array_equal(decode_image(samples[index].data, 1, None)[0], example.data)
         assert label_of(samples[index].data) == example.label
     assert result == json.loads((tmp_path / "pack.json").read_text())
     assert result["splits"]["train"]["fingerprint"] == shards.fingerprint

@@ -1,0 +1,1 @@
+"""Duplicates: samples with the same bytes, and the same picture encoded again."""

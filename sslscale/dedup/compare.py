@@ -1,0 +1,74 @@
+"""Are two encoded images the same picture? Said from the pixels alone, without labels and without a tuned similarity.
+
+What an encoder loses it loses in fine detail: block means stay nearly as they are, so the difference of two encodings
+of one picture has hardly any energy at low frequencies. The difference of two pictures, however alike, has: in shape,
+shading or exposure. Where one of the two is a JPEG there is a sharper test: compress the other one with the JPEG's own
+quantisation tables, and see whether it comes nearer.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.JpegImagePlugin import get_sampling
+
+BLOCK = 4  # pixels a side of the means that count as low frequencies
+LOW_SHARE = 2 / BLOCK**2  # of the difference's energy: twice what noise without any structure has
+LEFT_BY_JPEG = 0.5  # of the difference's energy, after the other picture was compressed like the JPEG
+
+
+def same_picture(a: bytes, b: bytes, *, stands_out: bool) -> bool:
+    """Whether two encoded images show one picture; of different sizes, the larger is resized to the smaller.
+
+    `stands_out` says that the pair is far nearer than anything around it: then the frequencies of the difference are
+    evidence enough. Else the pixels must be equal, or explained by a JPEG's compression.
+    """
+    x, y = _grey(a), _grey(b)
+    if x.shape != y.shape:
+        x, y = _one_size(x, y)
+    energy = _energy(x - y)
+    if energy == 0 or (stands_out and low_share(x - y) < LOW_SHARE):
+        return True
+    return any(
+        _energy(_grey(like) - _grey(as_jpeg)) < LEFT_BY_JPEG * energy
+        for source, like in ((a, b), (b, a))
+        if (as_jpeg := _compressed_like(source, like)) is not None
+    )
+
+
+def low_share(difference: np.ndarray) -> float:
+    """Share of the energy of a difference (H, W) that the means of its BLOCK x BLOCK blocks hold: 0 to 1."""
+    height, width = (side // BLOCK * BLOCK for side in difference.shape)
+    whole = difference[:height, :width]
+    means = whole.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK).mean(axis=(1, 3))
+    return BLOCK**2 * _energy(means) / max(_energy(whole), 1e-12)
+
+
+def _energy(x: np.ndarray) -> float:
+    return float(np.square(x).sum())
+
+
+def _grey(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("L"), np.float32)
+
+
+def _one_size(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    height, width = np.minimum(x.shape, y.shape).tolist()
+    resized = (Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS) for array in (x, y))
+    first, second = (np.asarray(image, np.float32) for image in resized)
+    return first, second
+
+
+def _compressed_like(source: bytes, like: bytes) -> bytes | None:
+    """`source` as a JPEG with the tables and the sampling of `like`; None where that is no JPEG of this size."""
+    target: Any = Image.open(io.BytesIO(like))
+    image = Image.open(io.BytesIO(source))
+    if target.format != "JPEG" or image.size != target.size:
+        return None
+    data = io.BytesIO()
+    sampling = {} if target.mode == "L" else {"subsampling": get_sampling(target)}
+    image.convert(target.mode).save(data, "JPEG", qtables=target.quantization, **sampling)
+    return data.getvalue()

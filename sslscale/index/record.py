@@ -1,0 +1,132 @@
+"""What index/<name>/ holds; result.json names it, and what result.json does not name does not exist.
+
+index/<name>/index.faiss   opens with faiss.read_index, which numbers vectors from 0 (layout merged and on_disk)
+index/<name>/rows.npy      int64 (N,): the row id of each vector
+index/<name>/shards/       shard-<hash>.faiss and .npy, the same for each group of parts (layout sharded)
+index/<name>/parts.json    which dataset and part the upper half of a row id names
+index/<name>/deleted*.npy  the row ids that a search leaves out
+index/<name>/trained*.faiss  the empty index that all shards start from
+
+Later states of the same index are written beside the files in use, with another name, and then named instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sslscale import storage
+from sslscale.errors import StageError, UserError
+from sslscale.features import FeatureSet
+from sslscale.features.files import open_npy
+from sslscale.index.factory import Effort
+from sslscale.rundir import RunDir, hash_json, read_json, write_json
+
+
+@dataclass(frozen=True)
+class IndexedPart:
+    """A part of a dataset as it was indexed. Its place in the list of all is its number in the index's row ids."""
+
+    dataset: str
+    part: int
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """One faiss index and the row ids of its vectors, as paths below the index's folder, with their sizes."""
+
+    vectors: int
+    index: str
+    rows: str
+    sizes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class IndexRecord:
+    """A finished index, as result.json names it."""
+
+    path: Path
+    result: dict[str, Any]
+
+    @classmethod
+    def open(cls, run: RunDir, name: str) -> IndexRecord:
+        """UserError if there is none; StageError (exit 1) if one of its files is not as it was written."""
+        path = run.stage_path("index", name)
+        again = f"sslscale index -c CONFIG --run {storage.shown(run.path)} --name {name}"
+        if not (path / "result.json").is_file():
+            raise UserError("this run has no such index", got=storage.shown(path), fix=again)
+        record = cls(path, read_json(path / "result.json"))
+        for shard in record.shards:
+            for file, size in shard.sizes.items():
+                found = storage.size(path / file)
+                if found != size:
+                    raise StageError(
+                        "a file of the index is missing or cut off",
+                        got=f"{path / file}: {'missing' if found is None else f'{found} bytes'}",
+                        allowed=f"{size} bytes, as it was written",
+                        fix=f"rm {storage.shown(path / 'result.json')}, then {again}",
+                    )
+        return record
+
+    def updated(self, **values: Any) -> IndexRecord:
+        return IndexRecord(self.path, {**self.result, **values})
+
+    def remove_others(self) -> None:
+        """Deletes the files that result.json does not name: those of an earlier state."""
+        named = {self.result["parts"], self.result["trained"], self.result["deleted"]}
+        named |= {file for shard in self.shards for file in shard.sizes}
+        for pattern in ("*.faiss", "*.npy", "parts*.json", "shards/*"):
+            for file in self.path.glob(pattern):
+                if file.relative_to(self.path).as_posix() not in named:
+                    storage.remove(file)
+
+    @property
+    def shards(self) -> list[ShardFiles]:
+        return [ShardFiles(**shard) for shard in self.result["shards"]]
+
+    @property
+    def effort(self) -> Effort:
+        return Effort(**{name: self.result[name] for name in ("nprobe", "ef_search", "k_factor")})
+
+    @cached_property
+    def parts(self) -> list[IndexedPart]:
+        return [IndexedPart(**part) for part in read_json(self.path / self.result["parts"])]
+
+    @property
+    def deleted(self) -> np.ndarray:
+        """The index's own row ids that are deleted, ascending."""
+        file = self.result["deleted"]
+        return np.empty(0, np.int64) if file is None else open_npy(self.path / file)
+
+    def numbers(self, features: FeatureSet) -> np.ndarray:
+        """(parts,) int64: what each part of the index is called in `features`. UserError where one has changed."""
+        present = {part: number for number, part in enumerate(indexed_parts(features))}
+        for part in self.parts:
+            if part not in present:
+                raise UserError(
+                    "the index was built from other features than the run has now",
+                    got=f"part {part.part} of {part.dataset} is missing or has changed",
+                    fix="sslscale index --overwrite builds it again",
+                )
+        return np.array([present[part] for part in self.parts], dtype=np.int64)
+
+
+def indexed_parts(features: FeatureSet) -> list[IndexedPart]:
+    """The parts of a set, in order; each is named by the hash of its rows and its table."""
+    hashes = {
+        (name, part.part): hash_json([part.sha256, part.table_sha256])
+        for name, store in features.stores.items()
+        for part in store.parts
+    }
+    return [IndexedPart(part.dataset, part.part, part.rows, hashes[part.dataset, part.part]) for part in features.parts]
+
+
+def write_parts(path: Path, parts: Sequence[IndexedPart]) -> None:
+    write_json(path, [asdict(part) for part in parts])

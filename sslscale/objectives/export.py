@@ -1,0 +1,93 @@
+"""A trained objective in a folder beside its backbone's, for what its `outputs` give: cluster probabilities, scores.
+
+objective/objective.safetensors   heads and persistent buffers: the state dict without the backbone's
+         /objective.json          name, settings, views' recipe, further outputs, the backbone's sha256, and its own
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sslscale import storage
+from sslscale.config import AugmentConfig, validate
+from sslscale.errors import UserError
+from sslscale.models.export import load_backbone, read_backbone_meta
+from sslscale.objectives import build_objective, objective_settings
+from sslscale.objectives.base import Objective
+from sslscale.rundir import FORMAT_VERSION, hash_file, read_json, write_json
+
+WEIGHTS, META = "objective.safetensors", "objective.json"
+_BACKBONE = "backbone."
+
+
+def export_objective(
+    objective: Objective,
+    config: dict[str, Any],
+    recipe: AugmentConfig,
+    state: dict[str, Tensor],
+    folder: Path,
+    *,
+    backbone: str,
+) -> None:
+    """Writes the two files, the JSON last.
+
+    `config` and `recipe` built the objective; `state` is its whole state dict; `backbone` its backbone's sha256.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {name: value.detach().cpu().contiguous() for name, value in state.items() if not name.startswith(_BACKBONE)}
+    save_file(own, str(folder / WEIGHTS))
+    storage.publish(folder / WEIGHTS)
+    weights = hash_file(folder / WEIGHTS)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "objective": {"name": config["name"], **objective_settings(config)[1]},
+        "views": recipe.model_dump(mode="json"),
+        "further_outputs": list(objective.further_outputs),
+        "backbone": backbone,
+        "weights": weights,
+        "sha256": hashlib.sha256(f"{backbone} {weights}".encode()).hexdigest(),
+    }
+    write_json(folder / META, meta)
+
+
+def read_objective_meta(folder: Path) -> dict[str, Any] | None:
+    """objective.json, after checking the weights and the backbone beside it; None where there is no export."""
+    if not storage.bring(folder / META).is_file():
+        return None
+    meta = read_json(folder / META)
+    weights = storage.bring(folder / WEIGHTS)
+    backbone = read_backbone_meta(folder.with_name("backbone"))["sha256"]
+    if not weights.is_file() or hash_file(weights) != meta["weights"] or backbone != meta["backbone"]:
+        raise UserError(
+            "the exported objective belongs to other weights than those beside it",
+            got=str(folder),
+            fix="run pretrain again with --overwrite",
+        )
+    return meta
+
+
+def load_objective(folder: Path) -> Objective:
+    """The exported objective in `folder`, over the backbone in the `backbone/` beside it, in evaluation mode."""
+    meta = read_objective_meta(folder)
+    assert meta is not None, folder
+    recipe = validate(AugmentConfig, meta["views"])
+    objective = build_objective(meta["objective"], load_backbone(folder.with_name("backbone")), recipe)
+    missing, unexpected = objective.load_state_dict(load_file(str(folder / WEIGHTS)), strict=False)
+    assert not unexpected and all(name.startswith(_BACKBONE) for name in missing), (missing, unexpected)
+    return objective.eval()
+
+
+def copy_objective(source: Path, target: Path) -> None:
+    """Copies an export, its JSON last."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, META):
+        temporary = target / f".{name}.tmp"
+        shutil.copyfile(source / name, temporary)
+        temporary.replace(target / name)
+        storage.publish(target / name)

@@ -1,0 +1,84 @@
+"""Self-labelling by simultaneous clustering and representation learning, SeLa (Asano et al. 2020,
+https://arxiv.org/abs/1911.05371).
+
+Every sample of the corpus has a label, one a head; training predicts it from an augmented view:
+
+    loss = -log p(label_i | x_i)
+
+Now and then labels are found anew, those that are the easiest to predict among all that use every label equally often:
+
+    Q = argmin <Q, -log P> - (1 / l) H(Q),  rows of Q sum to 1, columns to N / K;    label_i = argmax_k Q_ik
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sslscale.config import AugmentConfig
+from sslscale.config.models import Positive
+from sslscale.models.image import Backbone
+from sslscale.objectives.base import Corpus, Moment, representation_metrics
+from sslscale.objectives.clustering import Clustering, NumClusters, split_heads
+from sslscale.objectives.transport import transport
+from sslscale.views.base import Batch
+from sslscale.views.crops import Crops
+
+
+class SeLa(Clustering):
+    """Labels of equal size that are the easiest to predict."""
+
+    labels: Tensor  # int64 (N, H)
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        recipe: AugmentConfig,
+        *,
+        num_clusters: NumClusters,
+        num_heads: Positive = 5,
+        sharpness: float = 25.0,
+        refresh_epochs: float = 1.0,
+    ) -> None:
+        super().__init__(backbone, recipe, num_clusters)
+        self.num_heads, self.sharpness, self.refresh_epochs = num_heads, sharpness, refresh_epochs
+        self.head = nn.Linear(backbone.feature_dim, num_heads * num_clusters)
+        self.register_buffer("labels", torch.zeros(0, num_heads, dtype=torch.int64), persistent=False)
+        self.views = Crops({"view": recipe})
+
+    def log_probs(self, features: Tensor) -> Tensor:
+        return split_heads(self.head(features), self.num_heads)
+
+    def prepares_at(self, moment: Moment) -> bool:
+        return moment.every(self.refresh_epochs)
+
+    def prepare(self, corpus: Corpus, moment: Moment) -> None:
+        super().prepare(corpus, moment)
+        log_p = corpus.map(lambda images, _: self.log_probs(self.backbone(images)).movedim(0, 1))  # (n, H, K)
+        self.labels = corpus.by_id(sela_labels(log_p.movedim(1, 0), self.sharpness).T.contiguous())
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        features = self.backbone(batch["view"])
+        return {
+            "loss": label_losses(self.log_probs(features), self.labels[batch.ids].T).mean(),
+            **representation_metrics(features),
+        }
+
+    def head_losses(self, batch: Batch) -> Tensor:
+        """Held-out samples have no label: they are given those of another view of them."""
+        assert batch.partner is not None
+        log_p, log_q = (self.log_probs(self.backbone(part["view"])) for part in (batch, batch.partner))
+        return label_losses(log_p, sela_labels(log_q, self.sharpness))
+
+
+def sela_labels(log_p: Tensor, sharpness: float) -> Tensor:
+    """int64 (H, n), every label as often as every other, of log-probabilities (H, n, K); the paper's algorithm 1."""
+    uniform = log_p.new_full((log_p.shape[2],), -math.log(log_p.shape[2]), dtype=torch.float64)
+    return transport(sharpness * log_p.double(), uniform).argmax(dim=2)
+
+
+def label_losses(log_p: Tensor, labels: Tensor) -> Tensor:
+    """(H,): mean negative log-likelihood of labels (H, B) under log_p (H, B, K)."""
+    return -log_p.gather(2, labels[:, :, None]).mean(dim=(1, 2))

@@ -1,0 +1,179 @@
+"""`sslscale plan`: what a run will read, write, hold and take, before anything of it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from sslscale.config import RunConfig
+from sslscale.errors import UserError
+from sslscale.plan.model import Machine, Measured, Memory, Scale, memory, scale
+from sslscale.plan.probe import Probe, probe
+from sslscale.pretrain.stage import dataset_shards
+from sslscale.rundir import RunDir
+from sslscale.shards.dataset import ShardSet
+from sslscale.shards.plan import plan_stream
+
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, times in seconds. Per rank: the largest of all ranks."""
+
+    ranks: int
+    steps: int
+    samples_per_rank: int
+    shards_per_rank: int
+    bytes_read: float
+    bytes_written: float
+    step_seconds: float
+    seconds: float
+    device_hours: float
+    memory_by_zero_stage: dict[int, Memory]
+    zero_stage: int
+    device: str
+    device_bytes: int
+    misfits: list[str]
+    measured: Measured
+    scales: list[Scale]
+
+
+def run_plan(
+    config: RunConfig,
+    machine: Machine,
+    *,
+    ranks: int | None = None,
+    probe_steps: int = 12,
+    probe_ranks: int | None = None,
+) -> Plan:
+    """Plans the pretraining of `config` after a short one; `ranks` instead of the config's own.
+
+    The short training has `probe_ranks` ranks, or as many as this machine has devices for (see `probe`).
+    UserError where the shards are not there, or where the ranks do not divide streams and batch.
+    """
+    settings = config.pretrain
+    if settings is None:
+        raise UserError("the config has no pretrain section", fix="plan measures a training: add one")
+    shards = dataset_shards(RunDir(config.run), config, settings.dataset)
+    ranks = ranks or settings.world_sizes[-1]
+    if settings.num_streams % ranks:
+        raise UserError(
+            "the ranks must divide pretrain.num_streams",
+            got=f"{ranks} ranks, {settings.num_streams} streams",
+            fix=f"set pretrain.num_streams to a multiple of {ranks} that divides pretrain.global_batch",
+        )
+    found = probe(config, ranks, probe_steps, probe_ranks)
+    measured = found.measured
+    own = scale(measured, machine, settings.zero_stage, ranks)
+    steps = settings.steps or max(1, math.ceil((settings.epochs or 0) * shards.num_samples / settings.global_batch))
+    saves = steps // settings.checkpoint_every + 1
+    seconds = measured.warming_seconds + steps * own.step_seconds
+    by_stage = {stage: memory(measured, stage, ranks) for stage in range(4)}
+    return Plan(
+        ranks=ranks,
+        steps=steps,
+        samples_per_rank=math.ceil(steps * settings.global_batch / ranks),
+        shards_per_rank=_shards_of_a_rank(shards, config.seed, settings.num_streams, ranks),
+        bytes_read=steps * settings.global_batch * measured.sample_bytes,
+        bytes_written=float(saves * measured.checkpoint_bytes),
+        step_seconds=own.step_seconds,
+        seconds=seconds,
+        device_hours=ranks * seconds / 3600,
+        memory_by_zero_stage=by_stage,
+        zero_stage=settings.zero_stage,
+        device=found.device,
+        device_bytes=found.device_bytes,
+        misfits=_misfits(found, by_stage, min(ranks, machine.ranks_per_node)),
+        measured=measured,
+        scales=[scale(measured, machine, settings.zero_stage, number) for number in RANKS],
+    )
+
+
+def _shards_of_a_rank(shards: ShardSet, seed: int, num_streams: int, ranks: int) -> int:
+    """The most shards that a rank opens in the first epoch."""
+    plans = [
+        {span.shard for span in plan_stream(shards.counts, seed, 0, stream, num_streams)}
+        for stream in range(num_streams)
+    ]
+    return max(len(set().union(*plans[rank::ranks])) for rank in range(ranks))
+
+
+def _misfits(found: Probe, by_stage: dict[int, Memory], ranks_of_a_node: int) -> list[str]:
+    """ZeRO stages whose rank is larger than its device; ranks on CPUs share one memory."""
+    sharing = 1 if found.device.lower().startswith(("nvidia", "amd instinct")) else ranks_of_a_node
+    room = found.device_bytes / sharing
+    return [
+        f"ZeRO {stage}: a rank needs {_size(needed.total)}, and has {_size(room)}"
+        for stage, needed in by_stage.items()
+        if needed.total > room
+    ]
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan as a user reads it."""
+    measured = plan.measured
+    return [
+        f"ranks      {plan.ranks}, ZeRO {plan.zero_stage}, {measured.samples:,} samples a step each",
+        f"steps      {plan.steps:,}; a rank reads {plan.samples_per_rank:,} samples, of {plan.shards_per_rank:,} shards"
+        " in an epoch",
+        f"reads      {_size(plan.bytes_read)} of shards",
+        f"writes     {_size(plan.bytes_written)} of checkpoints ({_size(measured.checkpoint_bytes)} each)",
+        f"time       {_time(plan.seconds)} ({plan.step_seconds:.3g} s a step), {plan.device_hours:,.2f} device hours"
+        f" of {plan.device}; {measured.start_seconds:.0f} s to the first step",
+        "",
+        f"memory of a rank ({plan.device} has {_size(plan.device_bytes)})",
+        *_table(
+            ["", "parameters", "gradients", "optimizer", "activations", "total"],
+            [
+                [f"ZeRO {stage}{' <' if stage == plan.zero_stage else ''}"]
+                + [_size(value) for value in (*asdict(needed).values(), needed.total)]
+                for stage, needed in plan.memory_by_zero_stage.items()
+            ],
+        ),
+        *[f"does not fit: {misfit}" for misfit in plan.misfits],
+        "",
+        f"at {measured.samples:,} samples a rank: {measured.ranks} measured here, more by stated bandwidths",
+        *_table(
+            ["ranks", "global batch", "memory", "step", "samples/s", "efficiency", "waits for"],
+            [_scale_row(row) for row in plan.scales],
+        ),
+    ]
+
+
+def _scale_row(row: Scale) -> list[str]:
+    return [
+        f"{row.ranks:,}",
+        f"{row.global_batch:,}",
+        _size(row.memory_bytes),
+        f"{row.step_seconds:.3g} s",
+        f"{row.samples_per_second:,.0f}",
+        f"{row.efficiency:.0%}",
+        row.limit,
+    ]
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [titles, *rows]
+    ]
+
+
+def _size(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:,.3g} {unit}"
+        value /= 1024
+    return f"{value:,.4g} TiB"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:,.1f} h"
+        if seconds >= 3600
+        else f"{seconds / 60:,.1f} min"
+        if seconds >= 60
+        else f"{seconds:.1f} s"
+    )

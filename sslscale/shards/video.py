@@ -1,0 +1,95 @@
+"""Clips from mp4 bytes: only the frames that are wanted are kept, and only what leads up to them is decoded."""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional
+
+from sslscale.errors import missing_package
+from sslscale.shards.decode import DecodeError, find_member
+from sslscale.shards.readers import Reader
+
+_WORTH_A_JUMP = 4  # packets: a decoder that starts anew holds back the first few frames
+_FORMATS = {1: "gray", 3: "rgb24"}
+
+
+@dataclass(frozen=True)
+class ClipReader(Reader):
+    """uint8 (T, C, H, W): `frames` frames spread evenly over the clip; see decode_clip."""
+
+    frames: int
+    channels: int
+    size: int | None
+
+    def content(self, sample: dict[str, Any]) -> bytes:
+        return find_member(sample, ("mp4",), "video")[1]
+
+    def read(self, sample: dict[str, Any]) -> np.ndarray:
+        return decode_clip(sample, self.frames, self.channels, self.size)
+
+
+def decode_clip(sample: dict[str, Any], frames: int, channels: int, size: int | None) -> np.ndarray:
+    """uint8 (T, C, H, W): the frames in the middle of T = `frames` equal parts of the clip.
+
+    A clip of fewer frames than that shows some of them several times. With `size`, a frame's shorter side is resized to
+    that (bilinear, antialiased) and the centre size x size kept. Raises DecodeError where there is no video, where a
+    wanted frame is damaged, and where the file ends before the frames that it promises.
+    """
+    extension, data = find_member(sample, ("mp4",), "video")
+    av = _av()
+    try:
+        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise DecodeError(f"the .{extension} has no video")
+            found = [frame.to_ndarray(format=_FORMATS[channels]) for frame in _wanted(container, frames, extension)]
+    except av.FFmpegError as error:
+        raise DecodeError(f"the .{extension} cannot be decoded: {error.strerror}") from None
+    pixels = torch.from_numpy(np.stack(found))
+    clip = pixels[:, None] if channels == 1 else pixels.permute(0, 3, 1, 2)  # (T, C, H, W)
+    if size is not None and clip.shape[2:] != (size, size):
+        clip = functional.center_crop(functional.resize(clip, [size], antialias=True), [size, size])
+    return clip.contiguous().numpy()
+
+
+def _wanted(container: Any, count: int, extension: str) -> Iterator[Any]:
+    """The wanted frames in order. Their times come from the packets, without decoding, and so hold at any rate."""
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # several clips are decoded at a time
+    packets = list(container.demux(stream))  # compressed: no more than the file
+    times = np.sort([packet.pts for packet in packets if packet.pts is not None])
+    if not len(times) or len(times) < stream.frames:
+        raise DecodeError(f"the .{extension} ends early: {len(times)} of {stream.frames} frames")
+    keys = [place for place, packet in enumerate(packets) if packet.is_keyframe and packet.pts is not None]
+    decoded: deque[Any] = deque()
+    place, frame = 0, None
+    for time in times[((np.arange(count) + 0.5) * len(times) / count).astype(np.int64)].tolist():
+        key = max((key for key in keys if packets[key].pts <= time), default=0)
+        if key > place + _WORTH_A_JUMP:
+            stream.codec_context.flush_buffers()
+            decoded.clear()
+            place, frame = key, None
+        while frame is None or frame.pts < time:
+            while not decoded and place < len(packets):
+                decoded.extend(packets[place].decode())
+                place += 1
+            if not decoded:
+                raise DecodeError(f"the .{extension} ends within its frames")
+            frame = decoded.popleft()
+        if frame.pts != time or frame.is_corrupt:
+            raise DecodeError(f"the .{extension} has a damaged frame")
+        yield frame
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise missing_package("av", "video") from None
+    return av

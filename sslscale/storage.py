@@ -1,0 +1,394 @@
+"""Files of a run that lies at a URL: a working copy on this machine, and the remote that is the truth.
+
+Whatever reads and writes a run works on local paths: features are memory-mapped, DeepSpeed and faiss know nothing else.
+The path of a working copy says which URL it is of, so it also does in a process on another node that is handed it:
+
+    s3://bucket/runs/a/embed/train/part-00000.npy
+    <temporary folder>/sslscale-remote/s3/bucket/runs/a/embed/train/part-00000.npy
+
+A file is published when it is renamed into place. A marker is written after what it stands for, so it is uploaded after
+it, too: no order has to be kept twice. A file of the working copy is the remote's when it has its size and its time
+(rsync's rule); each process asks once a file. For a path that is of no URL, every function here does what its name
+says to the local file, or nothing.
+
+Requests that fail by the store or the network are sent again, with growing pauses, and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sslscale.errors import StageError, UserError, missing_package
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+PATIENCE_SECONDS = 120.0  # a request is given up after failing for so long
+CHUNK_BYTES = 32 * 2**20  # what a broken connection costs at most
+_MARK = "sslscale-remote"
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 10.0
+
+# What grows with the data is brought when it is read; what is of this machine, or of Ray, is never copied.
+_LAZY_NAMES = ("part-*", "*.tar", "*.faiss")
+_LAZY_FOLDERS = ("/pretrain/checkpoints/", "/pretrain/tensorboard/")
+_NEVER = frozenset((".cache", ".lease", ".ray"))
+
+# Our own requests are the ones that are counted, so the libraries' silent ones are turned off.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+}
+_EXTRAS = {"s3": "s3"}
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FINAL_NUMBERS = (errno.EINVAL, errno.ENOSYS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.EROFS)
+_CONNECTION_ERRORS = (
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "HTTPClientError"),
+    ("botocore.exceptions", "IncompleteReadError"),
+    ("botocore.parsers", "ResponseParserError"),
+)
+
+Result = TypeVar("Result")
+
+_known: dict[Path, int] = {}  # files that this process has compared with the remote -> their time then
+_polled: dict[Path, float] = {}
+_count = 0
+_count_lock = threading.Lock()
+
+
+# ------------------------------------------------------------------ paths and filesystems
+
+
+def local_path(location: str | Path) -> Path:
+    """The folder that `location` is worked on in: a path itself, the working copy of a URL."""
+    text = str(location)
+    if "://" not in text:
+        return Path(text).expanduser().absolute()
+    protocol, _, rest = text.partition("://")
+    folder = f"sslscale-{os.getuid()}" if hasattr(os, "getuid") else "sslscale"
+    return Path(tempfile.gettempdir(), folder, _MARK, protocol, *PurePosixPath("/" + rest).parts[1:])
+
+
+def remote_url(path: Path) -> str | None:
+    """The URL that a path inside a working copy is of; None for any other path."""
+    if _MARK not in path.parts:
+        return None
+    protocol, *rest = path.parts[path.parts.index(_MARK) + 1 :]
+    return f"{protocol}://{'/'.join(rest)}"
+
+
+def shown(path: Path) -> str:
+    """How a user knows this path."""
+    return remote_url(path) or str(path)
+
+
+def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
+    """fsspec's filesystem and the path in it. UserError where the protocol's package is missing, or unknown."""
+    from fsspec.core import url_to_fs
+
+    protocol = url.partition("://")[0] if "://" in url else "file"
+    try:
+        fs, path = url_to_fs(url, **_OPTIONS.get(protocol, {}))
+    except ImportError as error:
+        if protocol in _EXTRAS:
+            raise missing_package(f"{protocol}fs", _EXTRAS[protocol]) from None
+        raise UserError("this location cannot be opened", got=f"{url}: {error}") from None
+    except ValueError as error:
+        raise UserError("this location cannot be opened", got=f"{url}: {error}") from None
+    if protocol == "s3":
+        fs.retries = 1
+    return fs, path
+
+
+# ------------------------------------------------------------------ requests
+
+
+def retries() -> int:
+    """How many requests this process has sent again, with those of its workers."""
+    return _count
+
+
+def count_retries(number: int) -> None:
+    """Adds what a worker, or a rank, of this process counted."""
+    global _count
+    with _count_lock:
+        _count += number
+
+
+def retrying(request: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """`request(*args, **kwargs)`, sent again while store or network fail; StageError after PATIENCE_SECONDS."""
+    begin, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return request(*args, **kwargs)
+        except Exception as error:
+            if not _transient(error):
+                raise
+            if time.monotonic() - begin > PATIENCE_SECONDS:
+                raise StageError(
+                    f"the store has not answered for {PATIENCE_SECONDS:.0f} s",
+                    got=f"{request.__name__} {args[0] if args else ''}: {error}",
+                    fix="run the same command again once it does: what is finished is kept",
+                ) from error
+        count_retries(1)
+        time.sleep(pause * random.uniform(0.5, 1.5))  # so that many workers do not come back at once
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _transient(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return not isinstance(error, _FINAL) and error.errno not in _FINAL_NUMBERS
+    loaded = [(sys.modules[module], name) for module, name in _CONNECTION_ERRORS if module in sys.modules]
+    return isinstance(error, tuple(getattr(module, name) for module, name in loaded))
+
+
+def download(fs: AbstractFileSystem, source: str, target: Path, size: int | None = None) -> None:
+    """Copies a remote file to `target`, under another name first. StageError where it is not `size` bytes long."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            for start, stop in _ranges(fs, source, size):
+                file.write(retrying(fs.cat_file, source, start=start, end=stop))
+        if size is not None and partial.stat().st_size != size:
+            raise StageError(
+                "a copy of a remote file is not complete", got=f"{source}: {partial.stat().st_size} of {size} bytes"
+            )
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _ranges(fs: AbstractFileSystem, source: str, size: int | None) -> Iterator[tuple[int | None, int | None]]:
+    """The pieces that a file is asked for; one piece of a server that cannot cut."""
+    if not size or size <= CHUNK_BYTES or ("http" in fs.protocol and not retrying(fs.info, source).get("partial")):
+        yield None, None
+        return
+    for start in range(0, size, CHUNK_BYTES):
+        yield start, min(start + CHUNK_BYTES, size)
+
+
+# ------------------------------------------------------------------ from here to the remote
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes a file, here and there, so that a reader sees the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    publish(path)
+
+
+def publish(path: Path) -> None:
+    """Uploads a file that is now in its place."""
+    url = remote_url(path)
+    if url is None:
+        return
+    fs, target = filesystem(url)
+    retrying(fs.put_file, str(path), target)
+    _adopt(path, retrying(fs.info, target))
+
+
+def publish_tree(folder: Path) -> None:
+    """Uploads every file below a folder that is not hidden, and not there yet."""
+    if remote_url(folder) is not None:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and not _is_known(file) and not _hidden(file.relative_to(folder)):
+                publish(file)
+
+
+def move_out(path: Path) -> None:
+    """Publishes a file that this machine has no further use for: its working copy goes."""
+    if remote_url(path) is not None:
+        publish(path)
+        path.unlink()
+
+
+def create(path: Path, data: bytes) -> bool:
+    """Writes a file that must not exist: False where it does. Of many who try at once, one succeeds."""
+    url = remote_url(path)
+    if url is None:
+        try:
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
+    fs, target = filesystem(url)
+    try:
+        retrying(fs.pipe_file, target, data, mode="create")
+    except FileExistsError:
+        return retrying(fs.cat_file, target) == data  # ours, where the answer to an earlier attempt was lost
+    return True
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, here and there; one that does not exist is fine."""
+    path.unlink(missing_ok=True)
+    url = remote_url(path)
+    if url is not None:
+        fs, target = filesystem(url)
+        with contextlib.suppress(FileNotFoundError):
+            retrying(fs.rm_file, target)
+
+
+def remove_remote_tree(folder: Path) -> None:
+    """Deletes all that the remote has below a folder, what names the others first: it never looks half there."""
+    if remote_url(folder) is None:
+        return
+    fs, entries = _find(folder)
+    for path in sorted(entries, key=lambda path: (path.suffix != ".json", len(path.parts))):
+        with contextlib.suppress(FileNotFoundError):
+            retrying(fs.rm_file, entries[path]["name"])
+
+
+# ------------------------------------------------------------------ from the remote to here
+
+
+def bring(path: Path) -> Path:
+    """The file as the remote has it, fetched where it is missing or another here; none where the remote has none."""
+    if remote_url(path) is not None and not _is_known(path):
+        refresh(path)
+    return path
+
+
+def refresh(path: Path) -> Path:
+    """`bring`, for a file that changes: the remote is asked every time."""
+    url = remote_url(path)
+    if url is not None:
+        fs, source = filesystem(url)
+        try:
+            info = retrying(fs.info, source)
+        except FileNotFoundError:
+            info = {"type": "nothing"}
+        if info["type"] == "file":
+            _fetch(fs, path, info)
+        elif path.is_file():
+            path.unlink()
+    return path
+
+
+def appeared(path: Path, every: float = 5.0) -> bool:
+    """Whether a file exists, for a loop that waits for it: a remote is asked at most once in `every` seconds."""
+    if remote_url(path) is not None and time.monotonic() - _polled.get(path, -every) >= every:
+        _polled[path] = time.monotonic()
+        refresh(path)
+    return path.exists()
+
+
+def bring_tree(folder: Path) -> Path:
+    """Every file that the remote has below a folder."""
+    if remote_url(folder) is not None:
+        fs, entries = _find(folder)
+        for path, info in entries.items():
+            _fetch(fs, path, info)
+    return folder
+
+
+def pull(folder: Path) -> None:
+    """Makes the working copy what the remote is: small files are fetched, those that the remote has not are deleted.
+
+    Files that grow with the data stay where they are until `bring` asks for them.
+    """
+    if remote_url(folder) is None:
+        return
+    fs, entries = _find(folder)
+    for path, info in entries.items():
+        if not _lazy(path):
+            _fetch(fs, path, info)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds before the folder
+        if path in entries or _NEVER & set(path.relative_to(folder).parts):
+            continue
+        if path.is_file():
+            path.unlink()
+        elif not any(path.iterdir()):
+            path.rmdir()
+
+
+def names(folder: Path) -> list[str]:
+    """The names of the files directly in a folder, sorted; none where there is no such folder."""
+    url = remote_url(folder)
+    if url is None:
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    fs, target = filesystem(url)
+    try:
+        found = {entry.rstrip("/") for entry in retrying(fs.ls, target, detail=False)} - {target.rstrip("/")}
+        return sorted(entry.rpartition("/")[2] for entry in found)
+    except FileNotFoundError:
+        return []
+
+
+def size(path: Path) -> int | None:
+    """Bytes of a file, wherever it lies; None where there is none."""
+    url = remote_url(path)
+    if url is None:
+        return path.stat().st_size if path.is_file() else None
+    fs, target = filesystem(url)
+    try:
+        return int(retrying(fs.info, target)["size"])
+    except FileNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------------ which version a file is
+
+
+def _find(folder: Path) -> tuple[AbstractFileSystem, dict[Path, dict[str, Any]]]:
+    """Local path -> fsspec's info, of all files that the remote has below a folder and that are ever copied."""
+    url = remote_url(folder)
+    assert url is not None
+    fs, root = filesystem(url)
+    listed = retrying(fs.find, root, detail=True)
+    found = {name: info for name, info in listed.items() if not name.endswith("/")}  # some clients write folders, too
+    entries = {folder / PurePosixPath(name).relative_to(PurePosixPath(root)): info for name, info in found.items()}
+    return fs, {path: info for path, info in entries.items() if not _NEVER & set(path.relative_to(folder).parts)}
+
+
+def _lazy(path: Path) -> bool:
+    return any(part in path.as_posix() for part in _LAZY_FOLDERS) or any(map(path.match, _LAZY_NAMES))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _fetch(fs: AbstractFileSystem, path: Path, info: Mapping[str, Any]) -> None:
+    here = path.stat() if path.is_file() else None
+    if here is None or (here.st_size, here.st_mtime_ns) != (info["size"], _time(info)):
+        download(fs, info["name"], path, info["size"])
+    _adopt(path, info)
+
+
+def _adopt(path: Path, info: Mapping[str, Any]) -> None:
+    """Marks a file as the remote's version."""
+    os.utime(path, ns=(time.time_ns(), _time(info)))
+    _known[path] = _time(info)
+
+
+def _is_known(path: Path) -> bool:
+    return path.is_file() and _known.get(path) == path.stat().st_mtime_ns
+
+
+def _time(info: Mapping[str, Any]) -> int:
+    """When the remote's version was written, in nanoseconds; whole seconds, which is all that S3 says of one file."""
+    fields = ("LastModified", "last_modified", "mtime", "updated", "created")
+    found = next(info[name] for name in fields if name in info)
+    moment = datetime.fromisoformat(found) if isinstance(found, str) else found
+    return int(moment.timestamp() if isinstance(moment, datetime) else moment) * 10**9

@@ -1,0 +1,96 @@
+"""Copies of remote shards: within their limit, read ahead, and made again where they are missed."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from sslscale import storage
+from sslscale.errors import StageError, UserError
+from sslscale.shards.cache import ShardCache
+from sslscale.shards.dataset import ShardSet, open_shards
+from sslscale.shards.plan import Cursor, Span
+from sslscale.shards.stream import Sample, StreamReader, read_spans
+from sslscale.shards.tar import _open
+
+
+@pytest.fixture
+def remote(make_shards, tmp_path):
+    """`remote(limit, counts)` puts shards into fsspec's memory filesystem and opens them."""
+    memory = fsspec.filesystem("memory")
+
+    def put(limit: int, counts: list[int]) -> ShardSet:
+        folder = str(make_shards(counts))
+        open_shards(folder)  # which writes shards.json
+        memory.put(folder, "/cached", recursive=True)
+        return open_shards("memory://cached", ShardCache(tmp_path / "cache", limit))
+
+    yield put
+    memory.rm("/cached", recursive=True)
+
+
+def copies(shards: ShardSet) -> list[str]:
+    assert shards.cache is not None
+    return sorted(path.name.rpartition("-")[2] for path in (shards.cache.folder / "shards").iterdir())
+
+
+def keys(samples) -> list[str]:
+    assert all(isinstance(sample, Sample) for sample in samples)
+    return [sample.key for sample in samples]
+
+
+def test_the_copies_used_longest_ago_go_first(remote):
+    shards = remote(25_000, [3, 3, 3])  # two of three fit
+    for shard in (0, 1, 0, 2):
+        shards.local_path(shards.shards[shard])
+    assert copies(shards) == ["00000.tar", "00002.tar"]
+
+
+def test_a_cache_smaller_than_a_shard_reads_every_sample_once(remote, tmp_path):
+    shards = remote(0, [5, 4, 3])
+    spans = [Span(0, 0, 5), Span(1, 0, 4), Span(2, 0, 3)]
+    assert keys(list(read_spans(shards, spans))) == [f"s{n:04d}" for n in range(12)]
+    reader = StreamReader(shards, 0, 1, seed=0, shuffle_block=100, cursor=Cursor())
+    assert sorted(keys([reader.next() for _ in range(12)])) == [f"s{n:04d}" for n in range(12)]
+    assert len([name for name in copies(shards) if not name.startswith(".")]) == 1
+
+
+def test_a_shard_that_is_missed_is_fetched_again_but_not_another_one(remote):
+    shards = remote(2**30, [3])
+    tar = shards.open(0)
+    Path(tar.path).unlink()
+    assert tar.read(0)["__key__"] == "s0000"
+    fsspec.filesystem("memory").pipe_file("/cached/train-00000.tar", b"x" * 512)
+    assert tar.read(1)["__key__"] == "s0001", "an open file stays"
+    Path(tar.path).unlink()
+    _open.cache_clear()
+    with pytest.raises(StageError, match="not complete"):
+        tar.read(2)
+
+
+def test_the_next_shard_comes_while_one_is_read(remote, monkeypatch):
+    shards = remote(2**30, [3, 3, 3])
+    fetched = []
+    arrived = threading.Event()
+    download = storage.download
+
+    def watched(fs, source, target, size):
+        download(fs, source, target, size)
+        fetched.append(source.rpartition("-")[2])
+        if len(fetched) == 2:
+            arrived.set()
+
+    monkeypatch.setattr(storage, "download", watched)
+    samples = read_spans(shards, [Span(0, 0, 3), Span(1, 0, 3), Span(2, 0, 3)])
+    next(samples)
+    assert arrived.wait(10)
+    assert sorted(fetched) == ["00000.tar", "00001.tar"]
+
+
+def test_remote_shards_want_a_cache(remote):
+    remote(0, [3])
+    with pytest.raises(UserError, match="need a cache"):
+        next(read_spans(open_shards("memory://cached"), [Span(0, 0, 1)]))
