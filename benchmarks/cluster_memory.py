@@ -17,35 +17,17 @@ from typing import Any
 
 import numpy as np
 import psutil
-from common import write_result
+from common import random_store, write_result
 
 from sslscale.cluster.kmeans import KMeansWorker, PoolRows
 from sslscale.cluster.lloyd import LloydState, lloyd
 from sslscale.cluster.seeding import initial_state
 from sslscale.features import FeatureSet
-from sslscale.features.files import write_npy
-from sslscale.rundir import write_json
+from sslscale.plan.probe import anonymous_bytes
 from sslscale.runtime.base import Resources
 from sslscale.runtime.local import LocalRuntime
 
-DIM, PART_ROWS, ITERATIONS = 64, 2**18, 3
-
-
-def write_store(folder: Path, rows: int) -> FeatureSet:
-    """Parts of random rows; their tables, which k-means does not read, are left out."""
-    generator = np.random.default_rng(0)
-    centres = generator.standard_normal((4096, DIM), dtype=np.float32)
-    parts = []
-    for part, start in enumerate(range(0, rows, PART_ROWS)):
-        size = min(PART_ROWS, rows - start)
-        noise = generator.standard_normal((size, DIM), dtype=np.float32)
-        write_npy(
-            folder / f"part-{part:05d}.npy", (centres[generator.integers(0, 4096, size)] + noise).astype(np.float16)
-        )
-        parts.append({"part": part, "rows": size, "sha256": "", "table_sha256": ""})
-    record = {"dim": DIM, "dtype": "fp16", "normalized": False, "backbone": "random", "parts": parts}
-    write_json(folder / "features.json", {"format_version": 1, "num_rows": rows, **record})
-    return FeatureSet.open({"train": str(folder)})
+DIM, ITERATIONS = 64, 3
 
 
 class Memory(threading.Thread):
@@ -61,13 +43,12 @@ class Memory(threading.Thread):
         me = psutil.Process()
         while not self.done.wait(0.05):
             for process in [me, *me.children()]:
-                text = Path(f"/proc/{process.pid}/status").read_text()
-                anonymous = int(text.split("RssAnon:")[1].split()[0])
+                anonymous = anonymous_bytes(process.pid)
                 self.first.setdefault(process.pid, anonymous)
                 self.peak[process.pid] = max(self.peak.get(process.pid, 0), anonymous)
 
     def above(self) -> list[int]:
-        return sorted((self.peak[pid] - self.first[pid]) // 1024 for pid in self.peak)
+        return sorted((self.peak[pid] - self.first[pid]) // 2**20 for pid in self.peak)
 
 
 def measure(features: FeatureSet, output: str, clusters: int, workers: int) -> dict[str, Any]:
@@ -109,7 +90,8 @@ def main() -> None:
     runs = []
     for rows in options.rows:
         with tempfile.TemporaryDirectory() as folder:
-            features = write_store(Path(folder), rows)
+            random_store(Path(folder), rows, DIM, noise=1.0)
+            features = FeatureSet.open({"train": folder})
             runs.append(measure(features, f"{folder}/out", options.clusters, options.workers))
     settings = {"dim": DIM, "dtype": "fp16", "clusters": options.clusters, "workers": options.workers, "threads": 1}
     write_result("cluster-memory", {**settings, "runs": runs})

@@ -15,7 +15,20 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "torchvision", "numpy", "webdataset", "deepspeed", "ray", "faiss-cpu", "faiss-gpu", "timm")
+PART_ROWS = 2**18
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "webdataset",
+    "deepspeed",
+    "ray",
+    "faiss-cpu",
+    "faiss-gpu",
+    "timm",
+    "transformers",
+    "av",
+)
 
 
 def interleave(runs: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
@@ -33,6 +46,29 @@ def interleave(runs: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[
             run()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def random_store(folder: Path, rows: int, dim: int, noise: float) -> None:
+    """A feature store of fp16 rows around 4,096 centres, in parts of 2^18; their tables are left out: nothing here
+    reads them.
+    """
+    import numpy as np
+
+    from sslscale.features.files import write_npy
+    from sslscale.features.store import FORMAT_VERSION
+    from sslscale.rundir import write_json
+
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((4096, dim), dtype=np.float32)
+    parts = []
+    for part, start in enumerate(range(0, rows, PART_ROWS)):
+        size = min(PART_ROWS, rows - start)
+        around = generator.standard_normal((size, dim), dtype=np.float32) * noise
+        own = centres[generator.integers(0, len(centres), size)]
+        write_npy(folder / f"part-{part:05d}.npy", (own + around).astype(np.float16))
+        parts.append({"part": part, "rows": size, "sha256": str(part), "table_sha256": ""})
+    record = {"dim": dim, "dtype": "fp16", "normalized": False, "backbone": "random", "parts": parts}
+    write_json(folder / "features.json", {"format_version": FORMAT_VERSION, "num_rows": rows, **record})
 
 
 def hardware() -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""Throughput of the real training loop on two ranks against one, one thread each, at the same global batch.
+
+One rank and a group of two live side by side and take turns, `--steps` steps a turn; whoever waits sleeps. What a rank
+spends inside torch.distributed, waiting for the other one included, is its share of communication. The machine's own
+limit is printed beside it: how much faster two single-thread matrix products run side by side than one after the other.
+What else runs on the two cores strikes two ranks harder than one, and that limit as hard; processor seconds, which are
+printed too, are not struck by it.
+
+Three cases: a ViT, whose step is nearly all matrix products; a ResNet-18, whose every BatchNorm layer meets the other
+rank twice a step; and the small ResNet of configs/fashion_mnist.yaml, whose whole step is short beside those meetings.
+
+    python benchmarks/two_ranks.py [--cases vit_tiny resnet18 small_resnet] [--steps 1] [--repeats 7] [--zero-stage 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import interleave, write_result
+
+from sslscale.config import PackConfig, RunConfig, load_config
+from sslscale.corpus import TOOLS
+from sslscale.pretrain.loop import Trainer
+from sslscale.shards.write import run_pack
+
+ROOT = Path(__file__).parents[1]
+CASES = {  # backbone, side of the images, global batch
+    "vit_tiny": (
+        "{architecture: vit_tiny_patch16_224, channels: 1, stem: default, kwargs: {img_size: 32, patch_size: 4}}",
+        *(32, 64),
+    ),
+    "resnet18": ("{architecture: resnet18, channels: 1}", 32, 512),
+    "small_resnet": (
+        "{architecture: resnet18, channels: 1, kwargs: {layers: [1, 1, 1, 1], channels: [16, 32, 64, 128],"
+        " stem_type: deep, stem_width: 8}}",
+        *(28, 512),
+    ),
+}
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast")
+
+
+def configure(case: str, arguments: argparse.Namespace, data: Path) -> RunConfig:
+    backbone, size, batch = CASES[case]
+    return load_config(
+        str(ROOT / "configs" / "quickstart.yaml"),
+        [
+            *(f"datasets.train={data}", "pretrain.epochs=null", "pretrain.steps=1000000", "pretrain.probe=null"),
+            *(f"pretrain.global_batch={batch}", f"pretrain.views.size={size}", f"pretrain.load_size={size}"),
+            *(f"pretrain.zero_stage={arguments.zero_stage}", f"pretrain.precision={arguments.precision}"),
+            *("pretrain.threads=1", "pretrain.num_streams=4", "pretrain.evaluate_samples=64"),
+            *(f"pretrain.backbone={backbone}", "pretrain.objective={name: simclr}"),
+        ],
+    )
+
+
+class Clock:
+    """Counts and times what this rank does inside torch.distributed."""
+
+    def __init__(self) -> None:
+        self.seconds, self.calls = 0.0, 0
+        for name in COLLECTIVES:
+            setattr(dist, name, self._timed(getattr(dist, name)))
+
+    def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return collective(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+                self.calls += 1
+
+        return timed
+
+
+def serve(connection: Connection, rank: int, world_size: int, folder: str, config: dict[str, Any]) -> None:
+    """One rank: trains as many steps as told; answers (seconds inside collectives, their number, processor seconds)."""
+    torch.set_num_threads(1)
+    clock = Clock()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size)
+    trainer = Trainer(Path(folder) / str(world_size) / "pretrain", RunConfig(**config), TOOLS)
+    with trainer._loader() as loader:
+        batches = iter(loader)
+        connection.send(())
+        while steps := connection.recv():
+            clock.seconds, clock.calls, start = 0.0, 0, time.process_time()
+            for _ in range(steps):
+                outcome = trainer.engine.step(trainer._micro_batches(next(batches)), trainer.state.step)
+                assert outcome.applied
+            connection.send((clock.seconds, clock.calls, time.process_time() - start))
+    dist.destroy_process_group()
+
+
+class Group:
+    """Ranks that train together when they are told to."""
+
+    def __init__(self, world_size: int, folder: str, config: RunConfig) -> None:
+        (Path(folder) / str(world_size) / "pretrain").mkdir(parents=True)
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(world_size)]
+        self.connections = [ours for ours, _ in pipes]
+        arguments = (world_size, folder, config.model_dump(mode="json"))
+        self.processes = [
+            context.Process(target=serve, args=(theirs, rank, *arguments), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+        for connection in self.connections:
+            connection.recv()
+        self.inside: list[float] = []  # a turn: seconds inside collectives, of the rank that waits least
+        self.processor: list[float] = []  # a turn: processor seconds of all ranks
+
+    def run(self, steps: int) -> None:
+        for connection in self.connections:
+            connection.send(steps)
+        inside, calls, processor = zip(*[connection.recv() for connection in self.connections], strict=True)
+        self.calls = calls[0]
+        self.inside.append(min(inside))
+        self.processor.append(sum(processor))
+
+    def close(self) -> None:
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            connection.send(0)
+            process.join()
+
+
+def multiply(count: int) -> None:
+    torch.set_num_threads(1)
+    x = torch.randn(1024, 1024)
+    for _ in range(count):
+        x @ x
+
+
+def side_by_side(repeats: int) -> float:
+    """How many times as fast two processes multiply matrices as one of them."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        seconds = interleave(
+            {"one": lambda: pool.apply(multiply, (40,)), "two": lambda: pool.map(multiply, [40, 40], chunksize=1)},
+            repeats,
+        )
+    return 2 * seconds["one"] / seconds["two"]
+
+
+def compare(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        run_pack(PackConfig(source="digits", output=f"{folder}/data", workers=1))
+        config = configure(case, arguments, Path(folder) / "data" / "train")
+        one, two = Group(1, folder, config), Group(2, folder, config)
+        seconds = interleave(
+            {"one": lambda: one.run(arguments.steps), "two": lambda: two.run(arguments.steps)}, arguments.repeats
+        )
+        one.close()
+        two.close()
+    samples = arguments.steps * CASES[case][2]
+    return {
+        "global_batch": CASES[case][2],
+        "samples_per_second": {name: samples / value for name, value in seconds.items()},
+        "ratio": seconds["one"] / seconds["two"],
+        "share_of_communication": statistics.median(two.inside[1:]) / seconds["two"],
+        "collectives_a_step": two.calls / arguments.steps,
+        "processor_seconds_a_step": {
+            name: statistics.median(group.processor[1:]) / arguments.steps
+            for name, group in (("one", one), ("two", two))
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--steps", type=int, default=1, help="steps a turn")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    arguments = parser.parse_args()
+    cases = {}
+    for case in arguments.cases:
+        cases[case] = compare(case, arguments)
+        print(case, cases[case], flush=True)
+    write_result(
+        "two-ranks",
+        {
+            "what": "samples/s of the training loop on two ranks and on one, one thread each, the same global batch",
+            "settings": vars(arguments),
+            "cases": cases,
+            "required": 1.7,
+            "limit": {"two_matrix_products_side_by_side": side_by_side(arguments.repeats)},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
