@@ -3,7 +3,8 @@
     python benchmarks/cluster_memory.py [--rows 2500000 5000000] [--clusters 1024] [--workers 2]
 
 Random fp16 rows of 64 dimensions in parts of 2^18, exact iterations over all of them. Memory is RssAnon (memory-mapped
-pages are not counted), sampled every 50 ms, above what the process had once its imports were done.
+pages are not counted), sampled every 50 ms, above what the process had once its imports were done. `planned` is the
+seconds of an iteration by the formulas of `sslscale plan --vectors` and rates that are measured here beforehand.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from typing import Any
 
 import numpy as np
 import psutil
-from common import random_store, write_result
+from common import PART_ROWS, random_store, write_result
 
 from sslscale.cluster.kmeans import KMeansWorker, PoolRows
 from sslscale.cluster.lloyd import LloydState, lloyd
 from sslscale.cluster.seeding import initial_state
 from sslscale.features import FeatureSet
+from sslscale.plan.clustering import Vectors, flat_pass, measure_rates, pass_time
+from sslscale.plan.model import Machine
 from sslscale.plan.probe import anonymous_bytes
 from sslscale.runtime.base import Resources
 from sslscale.runtime.local import LocalRuntime
 
 DIM, ITERATIONS = 64, 3
+HERE = Machine(ranks_per_node=2, link=10e9, network=2e9, store=2e9)  # pipes between processes, files in memory
 
 
 class Memory(threading.Thread):
@@ -53,6 +57,8 @@ class Memory(threading.Thread):
 
 def measure(features: FeatureSet, output: str, clusters: int, workers: int) -> dict[str, Any]:
     setup = {"features": features.paths, "metric": "l2", "output": output}
+    vectors = Vectors(features.num_rows, DIM, clusters, PART_ROWS)
+    planned = pass_time(flat_pass(vectors), measure_rates(DIM, clusters, threads=1), HERE, workers)
     ends: list[float] = []
     with LocalRuntime().pool(KMeansWorker, setup, workers, Resources(threads=1)) as pool:
         parts = [part.number for part in features.parts]
@@ -76,6 +82,7 @@ def measure(features: FeatureSet, output: str, clusters: int, workers: int) -> d
     return {
         "rows": features.num_rows,
         "seconds_per_iteration": round(float(np.median(seconds)), 2),
+        "planned": round(planned.seconds, 2),
         "gflops_per_second": round(flops / float(np.median(seconds)) / 1e9, 1),
         "rss_anon_mb_above_imports": memory.above(),
     }

@@ -188,22 +188,40 @@ def plan(
     link: Annotated[float, typer.Option(help="GB/s between two ranks of a machine")] = 100.0,
     network: Annotated[float, typer.Option(help="GB/s of one machine's network")] = 50.0,
     store: Annotated[float, typer.Option(help="GB/s of the shards' store, to all machines")] = 20.0,
+    vectors: Annotated[
+        str | None, typer.Option(metavar="NxD", help="plan k-means over so many vectors instead")
+    ] = None,
+    matrix: Annotated[float | None, typer.Option(help="TFLOP/s of a device, for k-means; none: measured here")] = None,
+    memory: Annotated[float | None, typer.Option(help="GB/s of its memory, for k-means; none: measured here")] = None,
     limit: Limit = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """What a training will read, write, hold and take, from a short measurement; the bandwidths are yours to state."""
+    """What a training will read, write, hold and take, from a short measurement; the bandwidths are yours to state.
+
+    With --vectors 1000000000x384, the same of k-means with cluster.num_clusters.
+    """
     from dataclasses import asdict
 
     from sslscale.plan.model import Machine
-    from sslscale.plan.stage import plan_lines, run_plan
 
+    settings = _config(config, run, None, None, limit, overrides)
     machine = Machine(ranks_per_node, link * 1e9, network * 1e9, store * 1e9)
-    found = run_plan(_config(config, run, None, None, limit, overrides), machine, ranks=gpus)
+    if vectors is not None:
+        from sslscale.plan.clustering import clustering_lines, run_clustering_plan
+
+        rates = {"matrix": matrix and matrix * 1e12, "memory": memory and memory * 1e9}
+        result = run_clustering_plan(settings, vectors, machine, **rates)
+        lines = clustering_lines(result)
+    else:
+        from sslscale.plan.stage import plan_lines, run_plan
+
+        found = run_plan(settings, machine, ranks=gpus)
+        result, lines = asdict(found), plan_lines(found)
     if as_json:
-        _print_json(asdict(found))
+        _print_json(result)
         return
-    for line in plan_lines(found):
+    for line in lines:
         typer.echo(line)
 
 

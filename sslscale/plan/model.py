@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FP32 = 4
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)  # that a plan shows
 
 
 @dataclass(frozen=True)

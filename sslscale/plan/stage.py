@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
-from sslscale.plan.model import Machine, Measured, Memory, Scale, memory, scale
+from sslscale.plan.model import RANKS, Machine, Measured, Memory, Scale, memory, scale
 from sslscale.plan.probe import Probe, probe
+from sslscale.plan.text import duration, size, table
 from sslscale.pretrain.stage import dataset_shards
 from sslscale.rundir import RunDir
 from sslscale.shards.dataset import ShardSet
 from sslscale.shards.plan import plan_stream
-
-RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def _misfits(found: Probe, by_stage: dict[int, Memory], ranks_of_a_node: int) ->
     sharing = 1 if found.device.lower().startswith(("nvidia", "amd instinct")) else ranks_of_a_node
     room = found.device_bytes / sharing
     return [
-        f"ZeRO {stage}: a rank needs {_size(needed.total)}, and has {_size(room)}"
+        f"ZeRO {stage}: a rank needs {size(needed.total)}, and has {size(room)}"
         for stage, needed in by_stage.items()
         if needed.total > room
     ]
@@ -118,24 +116,24 @@ def plan_lines(plan: Plan) -> list[str]:
         f"ranks      {plan.ranks}, ZeRO {plan.zero_stage}, {measured.samples:,} samples a step each",
         f"steps      {plan.steps:,}; a rank reads {plan.samples_per_rank:,} samples, of {plan.shards_per_rank:,} shards"
         " in an epoch",
-        f"reads      {_size(plan.bytes_read)} of shards",
-        f"writes     {_size(plan.bytes_written)} of checkpoints ({_size(measured.checkpoint_bytes)} each)",
-        f"time       {_time(plan.seconds)} ({plan.step_seconds:.3g} s a step), {plan.device_hours:,.2f} device hours"
+        f"reads      {size(plan.bytes_read)} of shards",
+        f"writes     {size(plan.bytes_written)} of checkpoints ({size(measured.checkpoint_bytes)} each)",
+        f"time       {duration(plan.seconds)} ({plan.step_seconds:.3g} s a step), {plan.device_hours:,.2f} device hours"
         f" of {plan.device}; {measured.start_seconds:.0f} s to the first step",
         "",
-        f"memory of a rank ({plan.device} has {_size(plan.device_bytes)})",
-        *_table(
+        f"memory of a rank ({plan.device} has {size(plan.device_bytes)})",
+        *table(
             ["", "parameters", "gradients", "optimizer", "activations", "total"],
             [
                 [f"ZeRO {stage}{' <' if stage == plan.zero_stage else ''}"]
-                + [_size(value) for value in (*asdict(needed).values(), needed.total)]
+                + [size(value) for value in (*asdict(needed).values(), needed.total)]
                 for stage, needed in plan.memory_by_zero_stage.items()
             ],
         ),
         *[f"does not fit: {misfit}" for misfit in plan.misfits],
         "",
         f"at {measured.samples:,} samples a rank: {measured.ranks} measured here, more by stated bandwidths",
-        *_table(
+        *table(
             ["ranks", "global batch", "memory", "step", "samples/s", "efficiency", "waits for"],
             [_scale_row(row) for row in plan.scales],
         ),
@@ -146,34 +144,9 @@ def _scale_row(row: Scale) -> list[str]:
     return [
         f"{row.ranks:,}",
         f"{row.global_batch:,}",
-        _size(row.memory_bytes),
+        size(row.memory_bytes),
         f"{row.step_seconds:.3g} s",
         f"{row.samples_per_second:,.0f}",
         f"{row.efficiency:.0%}",
         row.limit,
     ]
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    return [
-        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [titles, *rows]
-    ]
-
-
-def _size(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:,.3g} {unit}"
-        value /= 1024
-    return f"{value:,.4g} TiB"
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:,.1f} h"
-        if seconds >= 3600
-        else f"{seconds / 60:,.1f} min"
-        if seconds >= 60
-        else f"{seconds:.1f} s"
-    )
