@@ -21,6 +21,11 @@ class _TimmConfig(StageConfig):
     mean: list[float] = Field(default_factory=lambda: [0.5])
     std: list[float] = Field(default_factory=lambda: [0.5])
 
+    @property
+    def model_channels(self) -> int:
+        """Of the timm model's input."""
+        return self.channels
+
     def input_size(self, views: _Views) -> int:
         """The side of the images that the exported backbone is meant for."""
         return views.size
@@ -38,11 +43,16 @@ class BackboneConfig(_TimmConfig):
 class FramesConfig(_TimmConfig):
     """A timm model on every frame of a clip, and what makes one feature of the frames' features."""
 
-    WEIGHTS_FIT: ClassVar[tuple[str, ...]] = (*BackboneConfig.WEIGHTS_FIT, "frames", "temporal")
+    WEIGHTS_FIT: ClassVar[tuple[str, ...]] = (*BackboneConfig.WEIGHTS_FIT, "frames", "window", "temporal")
 
     library: Literal["timm_frames"] = "timm_frames"
     frames: Positive = Field(8, description="frames of a clip, spread evenly over it")
+    window: Positive = Field(1, description="frames in a row that the model sees at once, as channels: 2 show motion")
     temporal: Literal["mean", "gru"] = Field("mean", description="mean: their order is lost; gru: its last state")
+
+    @property
+    def model_channels(self) -> int:
+        return self.window * self.channels
 
 
 class VideoMAEConfig(StageConfig):

@@ -147,7 +147,7 @@ def create_timm(config: BackboneConfig | FramesConfig) -> nn.Module:
             allowed="any name of timm.list_models()",
         )
     try:
-        model = timm.create_model(config.architecture, num_classes=0, in_chans=config.channels, **config.kwargs)
+        model = timm.create_model(config.architecture, num_classes=0, in_chans=config.model_channels, **config.kwargs)
     except TypeError as error:
         raise UserError(
             f"timm's {config.architecture} refuses these arguments", got=f"{config.kwargs}: {error}"
@@ -161,7 +161,7 @@ def create_timm(config: BackboneConfig | FramesConfig) -> nn.Module:
                 fix="set stem: default, and choose e.g. a small patch_size in kwargs for a ViT",
             )
         width: int = model.bn1.num_features  # type: ignore[union-attr, assignment]
-        model.conv1 = nn.Conv2d(config.channels, width, 3, stride=1, padding=1, bias=False)
+        model.conv1 = nn.Conv2d(config.model_channels, width, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model

@@ -34,7 +34,11 @@ _LAYER = re.compile(r"layer:([1-9]\d*)")
 class FramesBackbone(Backbone):
     """A timm model on every frame; the mean over frames, or the last state of a GRU: clips -> (B, D).
 
-    Single images (B, C, H, W) give the features of the timm model: so image objectives train it on sampled frames.
+    With a `window` of W frames it sees every W frames in a row at once, as W C channels (Karpathy et al. 2014, early
+    fusion), S = T - W + 1 times: motion shows in its features, which one frame cannot tell, also in their mean.
+
+    Single images (B, C, H, W) give the features of the timm model: so image objectives train it on sampled frames. A
+    window sees the frame W times then.
     """
 
     OFFERS: ClassVar[tuple[str, ...]] = ("clips", "images")
@@ -44,10 +48,17 @@ class FramesBackbone(Backbone):
         super().__init__(config, files)  # type: ignore[arg-type]
         if config.temporal == "gru":  # within the model: it is exported with it
             self.model.temporal = nn.GRU(self.feature_dim, self.feature_dim, batch_first=True)
+        if config.frames < config.window:
+            raise UserError(
+                "backbone.window is longer than the clip", got=config.window, allowed=f"1 to {config.frames}"
+            )
+        self.num_states = config.frames - config.window + 1
 
     @classmethod
     def load_lines(cls, meta: Mapping[str, Any]) -> list[str]:
         lines = super().load_lines(meta)
+        if meta["window"] > 1:
+            lines = [line.replace("meta['channels']", "meta['window'] * meta['channels']") for line in lines]
         return [*lines[:-1], _LOAD_GRU, lines[-1]] if meta["temporal"] == "gru" else lines
 
     def reader(self, channels: int | None, size: int | None) -> ClipReader:
@@ -63,22 +74,31 @@ class FramesBackbone(Backbone):
     def augmented(self, inputs: Tensor, random: KeyedRandom, recipe: AugmentConfig) -> Tensor:
         return augment_clip(inputs, random, recipe)
 
+    def normalise(self, images: Tensor) -> Tensor:
+        frames = images.unflatten(1, (-1, self.config.channels))  # (B, W, C, H, W)
+        normalised = super().normalise(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return normalised.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+
+    def windows(self, clips: Tensor) -> Tensor:
+        """(B, T, C, H, W) -> (B, S, W C, H, W)."""
+        return clips.unfold(1, self.config.window, 1).movedim(-1, 2).flatten(2, 3)
+
     def sequence(self, clips: Tensor) -> Tensor:
-        """(B, T, D): the feature of each frame; with a GRU, its state there."""
-        frames = clips.transpose(0, 1).flatten(0, 1)  # the rows of a batch are views of it, one after another
-        features = super().forward(frames).unflatten(0, (clips.shape[1], len(clips))).transpose(0, 1)
+        """(B, S, D): the feature of each frame or window; with a GRU, its state there."""
+        seen = self.windows(clips).transpose(0, 1)  # the rows of a batch are views of it, one after another
+        features = super().forward(seen.flatten(0, 1)).unflatten(0, seen.shape[:2]).transpose(0, 1)
         return self.model.temporal(features)[0] if self.config.temporal == "gru" else features  # type: ignore[operator]
 
     def forward(self, inputs: Tensor) -> Tensor:
         if inputs.dim() == 4:
-            return super().forward(inputs)
+            return super().forward(inputs.repeat(1, self.config.window, 1, 1))
         states = self.sequence(inputs)
         return states[:, -1] if self.config.temporal == "gru" else states.mean(dim=1)
 
     def take(self, inputs: Tensor, output: str) -> Tensor:
         """The mean over frames of the timm model's output."""
-        frames = super().take(inputs.flatten(0, 1), output)
-        return frames.unflatten(0, inputs.shape[:2]).mean(dim=1)
+        seen = self.windows(inputs)
+        return super().take(seen.flatten(0, 1), output).unflatten(0, seen.shape[:2]).mean(dim=1)
 
 
 class VideoMAEBackbone(Encoder):
@@ -108,7 +128,7 @@ class VideoMAEBackbone(Encoder):
         self.feature_dim = int(settings.hidden_size)
         self.patch_size, self.tubelet_size = int(settings.patch_size), int(settings.tubelet_size)
         self.num_spatial = (config.size // self.patch_size) ** 2
-        self.num_temporal = config.frames // self.tubelet_size
+        self.num_temporal = self.num_states = config.frames // self.tubelet_size
         for name, values in (("mean", config.mean), ("std", config.std)):
             self.register_buffer(name, channel_values(name, values, config.channels), persistent=False)
 

@@ -25,7 +25,7 @@ from sslscale.views.video import ShuffledPieces
 
 
 class FrameOrder(Objective):
-    """Which order the pieces of a clip were put into. `backbone` has `sequence`: clips -> states (B, S, D)."""
+    """Which order the pieces of a clip were put into. `backbone` has `sequence`: clips -> states (B, S, D), and S."""
 
     takes: ClassVar[str] = "clips"
     backbone: Any
@@ -47,8 +47,9 @@ class FrameOrder(Objective):
                 fix="set backbone.frames to a multiple of objective.pieces",
             )
         self.views = ShuffledPieces(recipe, pieces)
-        states = frames // getattr(backbone, "tubelet_size", 1)
-        self.head = mlp(states * backbone.feature_dim, hidden_dim, len(self.views.orders), last_norm=False)
+        self.head = mlp(
+            self.backbone.num_states * backbone.feature_dim, hidden_dim, len(self.views.orders), last_norm=False
+        )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         states = self.backbone.sequence(batch["view"])  # (B, S, D)

@@ -18,7 +18,8 @@ SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 MEAN = FramesConfig(kwargs=RESNET, stem="small", channels=1, frames=4)
 GRU = MEAN.model_copy(update={"temporal": "gru"})
 TUBELETS = VideoMAEConfig(kwargs={"patch_size": 8, **SMALL}, channels=1, frames=4, size=16)
-ALL = pytest.mark.parametrize("config", [MEAN, GRU, TUBELETS], ids=["mean", "gru", "videomae"])
+WINDOW = MEAN.model_copy(update={"window": 3})
+ALL = pytest.mark.parametrize("config", [MEAN, GRU, WINDOW, TUBELETS], ids=["mean", "gru", "window", "videomae"])
 
 
 def build(config):
@@ -36,7 +37,7 @@ def test_only_the_mean_over_frames_forgets_their_order(config):
     backbone, x = build(config), clips()
     backwards = (backbone(x) - backbone(x.flip(1))).abs().max()
     assert (backwards < 1e-5) == (config is MEAN)
-    assert backbone.sequence(x).shape == (3, 2 if config is TUBELETS else 4, backbone.feature_dim)
+    assert backbone.sequence(x).shape == (3, 2 if config in (TUBELETS, WINDOW) else 4, backbone.feature_dim)
 
 
 @ALL
@@ -65,6 +66,20 @@ def test_a_frame_backbones_features_are_those_of_its_frames():
     torch.testing.assert_close(backbone(x), frames.mean(dim=0))
     torch.testing.assert_close(backbone.sequence(x), frames.transpose(0, 1))
     torch.testing.assert_close(backbone.take(x, "layer:5"), frames.mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_window_sees_frames_in_a_row_as_channels():
+    colour = WINDOW.model_copy(update={"channels": 3, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]})
+    backbone, x = build(colour), clips().repeat(1, 1, 3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (colour.mean, colour.std))
+    seen = [torch.cat([(x[:, t + w] - mean) / std for w in range(3)], dim=1) for t in range(2)]
+    expected = torch.stack([backbone.model(one) for one in seen], dim=1)
+    torch.testing.assert_close(backbone.sequence(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(backbone(x), expected.mean(dim=1), rtol=1e-4, atol=1e-5)
+    assert backbone(x[:, 0]).shape == (3, backbone.feature_dim)
+    with pytest.raises(UserError, match="longer than the clip"):
+        build(WINDOW.model_copy(update={"window": 5}))
 
 
 def test_image_objectives_are_given_one_frame_of_each_clip():
