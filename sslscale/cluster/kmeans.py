@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClusterMixin
@@ -30,6 +30,9 @@ from sslscale.features.distance import prepare, to_distance, to_objective
 from sslscale.features.files import open_npy, write_npy
 from sslscale.runtime.base import Pool
 
+if TYPE_CHECKING:
+    from sslscale.cluster.on_device import DeviceKernels  # it imports torch
+
 INITS = ("k-means++", "kmeans||", "random")
 METRICS = ("l2", "cosine")
 METHODS = ("lloyd", "minibatch")
@@ -43,6 +46,7 @@ class KMeans(ClusterMixin, BaseEstimator):
     "minibatch", whose early iterations see growing samples where rows are many and projections where dimensions are
     (see `lloyd.schedule`); both end with exact passes over all rows. Iterations end when the objective falls by at
     most `tolerance` of itself. Above 65536 rows `threads` share the work; how many does not change the result.
+    `device` is "cpu", "cuda" or "auto": a GPU where there is one.
 
     Fitted: `cluster_centers_` (K, D), `labels_` int32 (N,), `n_iter_` (updates of the winner), and `inertia_`, the
     objective: the sum of squared Euclidean distances, or of 1 - cosine, to the nearest centroid, in float64.
@@ -59,6 +63,7 @@ class KMeans(ClusterMixin, BaseEstimator):
         max_iterations: int = 100,
         tolerance: float = 1e-4,
         threads: int = 1,
+        device: str = "cpu",
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.num_clusters = num_clusters
@@ -66,6 +71,7 @@ class KMeans(ClusterMixin, BaseEstimator):
         self.init = init
         self.method = method
         self.threads = threads
+        self.device = device
         self.num_init = num_init
         self.max_iterations = max_iterations
         self.tolerance = tolerance
@@ -80,7 +86,8 @@ class KMeans(ClusterMixin, BaseEstimator):
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, dtype=np.float64)
         self._check_settings(len(X))
         init = self.init if isinstance(self.init, str) else prepare(np.array(self.init, dtype=X.dtype), self.metric)
-        rows = ArrayRows(X, self.metric, weights, self.threads)
+        on_device = _on_device(self.device)
+        rows = ArrayRows(X, self.metric, weights, self.threads, on_device)
         seed = int(check_random_state(self.random_state).randint(2**31))
         state = lloyd(
             rows,
@@ -91,7 +98,7 @@ class KMeans(ClusterMixin, BaseEstimator):
             steps=schedule(self.method, len(X), X.shape[1], self.num_clusters),
         )
         self.cluster_centers_ = state.centroids[state.best]
-        self.labels_, squared = _assign(X, self.metric, self.cluster_centers_)
+        self.labels_, squared = _assign(X, self.metric, self.cluster_centers_, on_device)
         self.inertia_ = to_objective(squared.sum() if weights is None else weights @ squared, self.metric)
         self.n_iter_ = int(state.iterations[state.best])
         return self
@@ -100,7 +107,7 @@ class KMeans(ClusterMixin, BaseEstimator):
         """The nearest centroid of each row of X (N, D): int32 (N,)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
-        return _assign(X, self.metric, self.cluster_centers_)[0]
+        return _assign(X, self.metric, self.cluster_centers_, _on_device(self.device))[0]
 
     def _check_settings(self, num_rows: int) -> None:
         if self.metric not in METRICS:
@@ -126,8 +133,30 @@ def check_num_clusters(num_clusters: int, num_rows: int) -> None:
         )
 
 
-def _assign(rows: np.ndarray, metric: str, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _on_device(name: str) -> DeviceKernels | None:
+    """None for the CPU, whose kernels need no torch."""
+    if name == "cpu":
+        return None
+    from sslscale.runtime.device import pick_device
+
+    device = pick_device(name)
+    if device.type == "cpu":
+        return None
+    from sslscale.cluster.on_device import DeviceKernels
+
+    return DeviceKernels(device)
+
+
+def _assign(
+    rows: np.ndarray,
+    metric: str,
+    centroids: np.ndarray,
+    on_device: DeviceKernels | None = None,
+    name: Hashable = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Labels int32 (n,) and squared L2 distances float64 (n,) of rows (n, D), read in blocks."""
+    if on_device is not None:
+        return on_device.assign(rows, metric, centroids, name)
     labels = np.empty(len(rows), dtype=np.int32)
     squared = np.empty(len(rows))
     nearest = NearestCentroid(centroids.astype(np.result_type(rows.dtype, np.float32), copy=False))
@@ -143,11 +172,13 @@ def _assign(rows: np.ndarray, metric: str, centroids: np.ndarray) -> tuple[np.nd
 class KMeansWorker:
     """Reads parts of a feature set, memory-mapped, and answers with sums; rows leave it only for the initial sample.
 
-    `features` is a set's `paths`; `output` is the stage's folder.
+    `features` is a set's `paths`; `output` is the stage's folder. On a GPU it adds up and assigns; the few rows that
+    are looked for one by one, and the splits of the hierarchical method, are the processor's.
     """
 
-    def __init__(self, features: Mapping[str, str], metric: str, output: str) -> None:
+    def __init__(self, features: Mapping[str, str], metric: str, output: str, device: str = "cpu") -> None:
         self.features, self.metric, self.output = FeatureSet.open(features), metric, Path(output)
+        self.on_device = _on_device(device)
 
     def gather(self, item: tuple[int, np.ndarray], broadcast: None) -> np.ndarray:
         """Prepared rows of `(part, row numbers)`, (n, D)."""
@@ -156,7 +187,10 @@ class KMeansWorker:
 
     def totals(self, part: int, wanted: Pass) -> Totals:
         """Of the part's rows."""
-        return accumulate(self.features.block(part), self.metric, wanted, seed=part)
+        rows = self.features.block(part)
+        if self.on_device is not None:
+            return self.on_device.accumulate(rows, self.metric, wanted, seed=part, name=part)
+        return accumulate(rows, self.metric, wanted, seed=part)
 
     def farthest(self, part: int, broadcast: tuple[Pass, int, int | None]) -> Farthest:
         """The part's rows that are farthest from their centroid, for `(pass of one restart, how many, draw)`."""
@@ -165,7 +199,7 @@ class KMeansWorker:
 
     def partition(self, part: int, parents: np.ndarray) -> np.ndarray:
         """Writes the part's row numbers sorted by parent (P, D), and where each parent's begin; returns their sizes."""
-        labels = hierarchy.parent_labels(self.features.block(part), self.metric, parents)
+        labels, _ = _assign(self.features.block(part), self.metric, parents, self.on_device, part)
         order, starts = hierarchy.by_parent(labels, len(parents))
         write_npy(self.output / "hierarchy" / f"order-{part:05d}.npy", order)
         write_npy(self.output / "hierarchy" / f"starts-{part:05d}.npy", starts)
@@ -213,7 +247,7 @@ class KMeansWorker:
             for here, x, own in clusters.assign(rows, self.metric):
                 labels[here], squared[here] = own, squared_distances(x, clusters.centroids, own)
         else:
-            labels, squared = _assign(rows, self.metric, clusters)
+            labels, squared = _assign(rows, self.metric, clusters, self.on_device, part)
         return self._write(part, labels, squared)
 
     def _write(self, part: int, labels: np.ndarray, squared: np.ndarray) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from sslscale.features import sample_positions
 from sslscale.features.distance import prepare
 from sslscale.features.files import replacing
 from sslscale.runtime.base import compute_threads
+
+if TYPE_CHECKING:
+    from sslscale.cluster.on_device import DeviceKernels  # it imports torch
 
 SAMPLE_PER_CLUSTER = 256  # rows a cluster that initial centroids are chosen from, as in faiss
 FIRST_PER_CLUSTER = 32  # rows a cluster that the first iterations look at
@@ -49,7 +52,7 @@ def schedule(method: str, num_rows: int, dim: int, num_clusters: int) -> list[St
 
     "minibatch" begins on a random sample that doubles once it has taught what it can (nested mini-batches: Newling
     and Fleuret, 2016, https://arxiv.org/abs/1602.02934), and, where clusters and dimensions are many, with
-    assignments by a shortcut. It ends with Lloyd's exact iterations over all rows.
+    assignments by a shortcut (which a GPU does not take). It ends with Lloyd's exact iterations over all rows.
     """
     if method == "lloyd":
         return [EXACT]
@@ -80,15 +83,31 @@ class Rows(Protocol):
 
 
 class ArrayRows:
-    """Rows in an array (n, D), added up in chunks by `threads` threads; how many does not change a bit."""
+    """Rows in an array (n, D), added up in chunks by `threads` threads; how many does not change a bit.
 
-    def __init__(self, x: np.ndarray, metric: str, weights: np.ndarray | None = None, threads: int = 1) -> None:
-        self.x, self.metric, self.weights, self.threads = x, metric, weights, threads
+    With `on_device` they are added up there instead.
+    """
+
+    def __init__(
+        self,
+        x: np.ndarray,
+        metric: str,
+        weights: np.ndarray | None = None,
+        threads: int = 1,
+        on_device: DeviceKernels | None = None,
+    ) -> None:
+        self.x, self.metric, self.weights = x, metric, weights
+        self.threads, self.on_device = threads if on_device is None else 1, on_device
         self.num_rows = len(x)
 
     def totals(self, wanted: Pass) -> Totals:
+        def add_up(rows: np.ndarray, weights: np.ndarray | None, at: int) -> Totals:
+            if self.on_device is not None:
+                return self.on_device.accumulate(rows, self.metric, wanted, weights, at, name=at)
+            return accumulate(rows, self.metric, wanted, weights, at)
+
         total = Totals.zero(wanted.centroids)
-        for chunk in self._chunks(lambda rows, weights, at: accumulate(rows, self.metric, wanted, weights, at)):
+        for chunk in self._chunks(add_up):
             total.add(chunk)
         return total
 

@@ -35,6 +35,7 @@ from sslscale.features.distance import prepare, to_distance, to_objective
 from sslscale.features.files import open_npy, write_npy
 from sslscale.rundir import Metrics, RunDir, Stage, write_atomic
 from sslscale.runtime.base import Pool, Resources, Runtime, compute_threads
+from sslscale.runtime.device import pick_device
 from sslscale.runtime.progress import Progress
 
 SUSPICIOUS_SHARE = 0.9
@@ -62,13 +63,15 @@ def run_cluster(
     )
     if stage.done:
         return stage.result
-    setup = {"features": features.paths, "metric": settings.metric, "output": str(stage.path)}
+    device = "cpu" if settings.device == "cpu" else pick_device(settings.device).type
+    setup = {"features": features.paths, "metric": settings.metric, "output": str(stage.path), "device": device}
     workers = min(config.runtime.workers, len(features.parts))
+    resources = Resources(threads=threads, gpus=1.0 if device == "cuda" else 0.0)
     with compute_threads(threads):
         if settings.method in MAX_ROWS:
             found = _fit_at_once(stage, settings, config.seed, features)
         else:
-            with runtime.pool(KMeansWorker, setup, workers, Resources(threads=threads)) as pool:
+            with runtime.pool(KMeansWorker, setup, workers, resources) as pool:
                 fit = {"hierarchical": _fit_hierarchy, "objective": _take_given}.get(settings.method, _fit_kmeans)
                 found = fit(stage, settings, numbers, config.seed, pool, features)
         measures = _measure(stage, settings, config.seed, features, open_npy(stage.path / "centroids.npy"))

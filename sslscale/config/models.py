@@ -263,6 +263,7 @@ class ClusterConfig(StageConfig):
     max_iterations: Positive = 50
     tolerance: float = Field(1e-4, ge=0.0, description="relative fall of the objective that ends the iterations")
     silhouette_samples: Positive = 2000
+    device: Annotated[Literal["auto", "cpu", "cuda"], not_identity] = Field("auto", description="of flat k-means")
 
 
 class ReduceConfig(StageConfig):

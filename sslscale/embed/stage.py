@@ -19,10 +19,10 @@ from sslscale.features.store import FORMAT_VERSION, FeatureStore
 from sslscale.models.load import EmbedderSpec, find_embedder
 from sslscale.models.outputs import fit_pca
 from sslscale.objectives.export import read_objective_meta
-from sslscale.pretrain.loop import pick_device
 from sslscale.pretrain.stage import dataset_shards
 from sslscale.rundir import RunDir, Stage
 from sslscale.runtime.base import Resources, Runtime
+from sslscale.runtime.device import pick_device
 from sslscale.runtime.progress import Progress
 from sslscale.shards.dataset import ShardSet
 from sslscale.shards.plan import Span, plan_parts

@@ -40,6 +40,7 @@ from sslscale.pretrain.evaluate import Evaluator, is_healthy, warnings_of
 from sslscale.pretrain.ranks import MOVE, STOP
 from sslscale.rundir import Metrics, write_atomic
 from sslscale.runtime.allocator import keep_freed_memory
+from sslscale.runtime.device import pick_device
 from sslscale.shards.cache import ShardCache
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.loader import RawBatch, TrainLoader
@@ -58,17 +59,6 @@ class RankResult:
 
     finished: bool
     result: dict[str, Any]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a config's `device`: auto takes CUDA where there is one."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise StageError(
-            "device=cuda was asked for and torch sees no CUDA device", fix="run `sslscale doctor`, or device=cpu"
-        )
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def initial_backbone(config: PretrainConfig, folder: Path) -> Encoder:
