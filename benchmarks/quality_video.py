@@ -2,7 +2,7 @@
 
 The recipes are configs/video/*.yaml, one an objective, frozen before a label was read. K-means with 6 for the pair of
 motions and with 10 for the digit, on the clips of `test`, whose digits are not in `train`; labels are read only by the
-measures. Every row is printed.
+measures. Every row is printed, also that of a training which its guard stopped.
 
     python benchmarks/quality_video.py [--recipes frame_order video_mae] [--seeds 0 1 2]
 """
@@ -33,13 +33,15 @@ CLUSTERS = {"motion": len(MOTIONS), "digit": 10}
 ONLY_FEATURES = ("index=null", "cluster=null", "anomaly=null", "report=null", "embed.datasets=[test]")
 
 
-def features(folder: Path, config: Path, data: Path, *overrides: str) -> tuple[np.ndarray, list[int], dict[str, Any]]:
-    """Rows of `test`, the number of each clip, and what the run said."""
+def features(
+    folder: Path, config: Path, data: Path, *overrides: str
+) -> tuple[np.ndarray, list[int], dict[str, Any]] | None:
+    """Rows of `test`, the number of each clip, and what the run said; None where it failed."""
     command = [sys.executable, "-m", "sslscale.cli", "run", "-c", str(config), "--run", str(folder), "--json"]
     shared = [f"pack.output={data}", f"datasets.train={data}/train", f"datasets.test={data}/test", "baselines=[]"]
-    done = subprocess.run(
-        [*command, *shared, *ONLY_FEATURES, *overrides], stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run([*command, *shared, *ONLY_FEATURES, *overrides], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        return None
     found = open_features(RunDir(folder), ["test"])
     ids = found.row_ids(np.arange(found.num_rows))
     numbers = [int(key.rpartition("-")[2]) for key in found.keys_of(ids)]
@@ -63,15 +65,22 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings that override the config")
     arguments = parser.parse_args()
     lines: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "data")
         for seed in arguments.seeds:
             for recipe in [*arguments.recipes, "mean_frame"]:
                 trained = recipe != "mean_frame"
                 config = CONFIGS / f"{recipe if trained else arguments.recipes[0]}.yaml"
-                pixels = ["pretrain=null", "embed.backbone=mean_frame", "embed.size=32", "embed.channels=1"]
+                pixels = ["pretrain=null", "embed.backbone=mean_frame", "embed.output=pooled", "embed.size=32"]
+                pixels += ["embed.channels=1"]
                 more = [f"seed={seed}", *([] if trained else pixels), *arguments.overrides]
-                x, numbers, said = features(Path(temporary, f"{recipe}-{seed}"), config, data, *more)
+                made = features(Path(temporary, f"{recipe}-{seed}"), config, data, *more)
+                if made is None:
+                    print(f"{recipe}, seed {seed}: the run failed", file=sys.stderr)
+                    failed.append({"recipe": recipe, "seed": seed})
+                    continue
+                x, numbers, said = made
                 options = load_config(str(config)).pack.options  # type: ignore[union-attr]
                 source = MovingDigits(**options)
                 truth = [source.clip("test", number)[1] for number in numbers]
@@ -88,6 +97,7 @@ def main() -> None:
             for label in CLUSTERS
         }
         for recipe in [*arguments.recipes, "mean_frame"]
+        if any(line["recipe"] == recipe for line in lines)
     }
     for recipe, row in table.items():
         print(
@@ -101,6 +111,7 @@ def main() -> None:
             "overrides": arguments.overrides,
             "table": table,
             "runs": lines,
+            "failed": failed,
         },
     )
 

@@ -72,7 +72,7 @@ def _dedup(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, na
 def _baselines(run: RunDir, config: RunConfig, runtime: Runtime, overwrite: bool, name: str) -> Any:
     """Each baseline is a run of its own inside this one: the same code over other features, not normalised."""
     results = {}
-    embed, cluster = config.embed.model_copy(update={"normalize": False}), config.cluster
+    embed, cluster = config.embed.model_copy(update={"normalize": False, "output": "pooled"}), config.cluster
     if cluster is not None and cluster.method == "objective":  # which baselines have none of
         cluster = cluster.model_copy(update={"method": "minibatch"})
     for backbone in config.baselines:
