@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ class Engine:
         import deepspeed
 
         deepspeed.logger.setLevel("ERROR")
+        # DeepSpeed calls torch's collectives by their old names, a few lines of a user's screen a rank.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if device.type == "cpu":
             # Else DeepSpeed compiles a shared-memory all-reduce: a minute, and a compiler that users may not have.
             deepspeed.ops.__compatible_ops__ = {}
