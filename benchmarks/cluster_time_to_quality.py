@@ -97,14 +97,14 @@ def run_ours(x: np.ndarray, clusters: int, seed: int, threads: int) -> tuple[flo
     reached: list[tuple[float, np.ndarray]] = []
     rows = ArrayRows(x, "l2", threads=threads)
     start = time.perf_counter()
-    state = initial_state(rows, clusters, "random", 1, seed)
+    state = initial_state(rows, clusters, "kmeans||", 1, seed)
     state = lloyd(
         rows,
         state,
         metric="l2",
         max_iterations=ITERATIONS,
         tolerance=1e-3,
-        steps=schedule("minibatch", len(x), DIM, clusters),
+        steps=schedule("minibatch", len(x), clusters),
         checkpoint=lambda state: reached.append((time.perf_counter() - start, state.centroids[0].copy())),
     )
     _assign(x, "l2", state.centroids[0])

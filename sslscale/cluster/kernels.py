@@ -9,7 +9,7 @@ depends on its part alone, never on how many workers there are or on which resta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,6 @@ from sslscale.features.distance import prepare
 
 BLOCK_ROWS = 4096
 TILE_ROWS, TILE_CENTROIDS = 512, 2048  # of the scores that are held at once: they fit the cache
-RANK_STEP = 32
-NEIGHBOURS = 32  # centroids that a row is compared with in full, around the one that its projection finds
 
 
 def blocks(
@@ -36,95 +34,25 @@ def blocks(
         yield here, prepare(rows[here if isinstance(sample, slice) else sample[here]], metric)
 
 
-def principal_basis(centroids: np.ndarray, energy: float) -> np.ndarray | None:
-    """The leading principal directions of the centroids (K, D) that hold `energy` of their variance: (D, p) or None.
-
-    p is a multiple of RANK_STEP. None where more than half the dimensions would be needed: then the full product is
-    as fast.
-    """
-    centred = centroids.astype(np.float64) - centroids.mean(axis=0, dtype=np.float64)
-    values, vectors = np.linalg.eigh(centred.T @ centred)
-    held = np.cumsum(values[::-1]) / max(values.sum(), np.finfo(float).tiny)
-    rank = -(-(int(np.searchsorted(held, energy)) + 1) // RANK_STEP) * RANK_STEP
-    return None if 2 * rank > len(values) else vectors[:, : -rank - 1 : -1].astype(centroids.dtype)
-
-
-@dataclass(frozen=True)
-class Shortcut:
-    """A way to a row's nearest centroid that compares it with few of the K in full: those around a first guess.
-
-    Of k^2-means (Agustsson, Timofte and Van Gool, 2017, https://arxiv.org/abs/1605.09299) but without memory: the
-    guess is the nearest by projections, not the last iteration's, so that a pass depends on the centroids alone.
-    """
-
-    basis: np.ndarray  # (D, p)
-    near: np.ndarray  # int64 (K, L), each centroid's nearest with itself, ascending
-
-    @classmethod
-    def of(cls, centroids: np.ndarray, energy: float) -> Shortcut | None:
-        """By projections that hold `energy` of the variance of the centroids (K, D); None where they do not pay."""
-        basis = principal_basis(centroids, energy)
-        return None if basis is None else cls(basis, _neighbours(centroids, min(NEIGHBOURS, len(centroids))))
-
-    def labels(
-        self, rows: np.ndarray, metric: str, centroids: np.ndarray, sample: np.ndarray | slice = slice(None)
-    ) -> np.ndarray:
-        """int32 labels of the rows (n, D) at `sample`: all but always the nearest of centroids (K, D)."""
-        find = NearestCentroid(centroids, self.basis)
-        guesses = np.concatenate([find(x) for _, x in blocks(rows, metric, sample)])
-        at = np.arange(len(rows)) if isinstance(sample, slice) else sample
-        mean = centroids.mean(axis=0)
-        centred = centroids - mean
-        half_norms = np.einsum("kd,kd->k", centred, centred) / 2
-        labels = np.empty_like(guesses)
-        order = np.argsort(guesses, kind="stable")
-        starts = np.searchsorted(guesses[order], np.arange(len(centroids) + 1))
-        for guess in np.flatnonzero(np.diff(starts)).tolist():
-            own, candidates = order[starts[guess] : starts[guess + 1]], self.near[guess]
-            x = prepare(rows[at[own]], metric) - mean
-            scores = half_norms[candidates] - x @ centred[candidates].T
-            labels[own] = candidates[scores.argmin(axis=1)]
-        return labels
-
-
-def _neighbours(centroids: np.ndarray, count: int) -> np.ndarray:
-    """The `count` nearest of centroids (K, D) to each of them: int64 (K, count), ascending."""
-    centred = centroids - centroids.mean(axis=0)
-    half_norms = np.einsum("kd,kd->k", centred, centred) / 2
-    near = np.empty((len(centroids), count), dtype=np.int64)
-    for start in range(0, len(centroids), TILE_ROWS):
-        scores = half_norms - centred[start : start + TILE_ROWS] @ centred.T
-        near[start : start + TILE_ROWS] = np.argpartition(scores, count - 1, axis=1)[:, :count]
-    return np.sort(near, axis=1)
-
-
 class NearestCentroid:
     """Finds the centroid (K, D) with the least squared L2 distance to each of many rows; made once, used by block.
 
     ||x||^2 is the same for every centroid and left out: argmin of ||c||^2 - 2 x.c, as one product of [x, 1] with
     [-2 c, ||c||^2]. Where the centroids lie further from the origin than from each other, that difference would
     cancel in fp32: both sides are then taken relative to the centroids' mean.
-
-    With an orthonormal `basis` (D, p) the product x.c is taken between projections while ||c||^2 stays whole: D / p
-    times less work, and what it gets wrong are near ties.
     """
 
-    def __init__(self, centroids: np.ndarray, basis: np.ndarray | None = None) -> None:
+    def __init__(self, centroids: np.ndarray) -> None:
         norms = np.einsum("kd,kd->k", centroids, centroids)
         mean = centroids.mean(axis=0)
-        self.basis = basis
-        self.shift = mean if basis is not None or mean @ mean > norms.mean() / 2 else None
+        self.shift = mean if mean @ mean > norms.mean() / 2 else None
         if self.shift is not None:
             centroids = centroids - mean
             norms = np.einsum("kd,kd->k", centroids, centroids)
-        if basis is not None:
-            centroids, self.shift = centroids @ basis, mean @ basis
-        self.table = np.concatenate([-2 * centroids, norms[:, None]], axis=1).T.copy()  # (D + 1 or p + 1, K)
+        self.table = np.concatenate([-2 * centroids, norms[:, None]], axis=1).T.copy()  # (D + 1, K)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Labels int32 (n,) of rows (n, D), of the centroids' dtype. Ties go to the lowest index."""
-        if self.basis is not None:
-            x = x @ self.basis
         if self.shift is not None:
             x = x - self.shift
         x = np.concatenate([x, np.ones((len(x), 1), dtype=x.dtype)], axis=1)
@@ -142,9 +70,9 @@ class NearestCentroid:
         return labels
 
 
-def nearest_centroid(x: np.ndarray, centroids: np.ndarray, basis: np.ndarray | None = None) -> np.ndarray:
+def nearest_centroid(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """The nearest of centroids (K, D) to each row of x (n, D): int32 (n,). See NearestCentroid."""
-    return NearestCentroid(centroids.astype(x.dtype, copy=False), basis)(x)
+    return NearestCentroid(centroids.astype(x.dtype, copy=False))(x)
 
 
 def squared_distances(x: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -186,15 +114,15 @@ class Totals:
 
 @dataclass
 class Pass:
-    """What one pass over the rows asks for: centroids of R restarts, and how exactly each is to be looked at."""
+    """What one pass over the rows asks for: centroids of R restarts, and how many rows each is to look at."""
 
     centroids: np.ndarray  # (R, K, D)
     shares: np.ndarray  # (R,), the share of the rows that counts; smaller samples are part of larger ones
-    shortcuts: Sequence[Shortcut | None]  # R: how to assign, or exactly
 
     @classmethod
-    def exact(cls, centroids: np.ndarray) -> Pass:
-        return cls(centroids, np.ones(len(centroids)), [None] * len(centroids))
+    def whole(cls, centroids: np.ndarray) -> Pass:
+        """Of all rows."""
+        return cls(centroids, np.ones(len(centroids)))
 
 
 def nested_sample(num_rows: int, share: float, seed: int | Sequence[int]) -> np.ndarray | slice:
@@ -214,32 +142,21 @@ def accumulate(
         restarts = np.flatnonzero(wanted.shares == share)
         own = None if weights is None else weights[sample]
         dtype = np.result_type(rows.dtype, np.float32)
-        find: dict[int, Callable[[slice, np.ndarray], np.ndarray]] = {}
-        for restart in restarts.tolist():
-            centroids = wanted.centroids[restart].astype(dtype, copy=False)
-            find[restart] = _finder(rows, metric, centroids, wanted.shortcuts[restart], sample)
+        find = {
+            restart: NearestCentroid(wanted.centroids[restart].astype(dtype, copy=False))
+            for restart in restarts.tolist()
+        }
         for here, x in blocks(rows, metric, sample):
             x64 = x.astype(np.float64)
             w = np.ones(len(x)) if own is None else own[here]
             totals.squares[restarts] += float(w @ np.einsum("nd,nd->n", x64, x64))
             for restart, nearest in find.items():
-                labels = nearest(here, x)
+                labels = nearest(x)
                 present, at = np.unique(labels, return_inverse=True)  # of many clusters, a block touches few
                 members = csr_matrix((w, (at, np.arange(len(x)))), shape=(len(present), len(x)))
                 totals.sums[restart, present] += members @ x64
                 totals.counts[restart, present] += np.bincount(at, weights=w)
     return totals
-
-
-def _finder(
-    rows: np.ndarray, metric: str, centroids: np.ndarray, shortcut: Shortcut | None, sample: np.ndarray | slice
-) -> Callable[[slice, np.ndarray], np.ndarray]:
-    """Labels of a block (slice, rows) of the sample."""
-    if shortcut is None:
-        find = NearestCentroid(centroids)
-        return lambda here, x: find(x)
-    labels = shortcut.labels(rows, metric, centroids, sample)
-    return lambda here, x: labels[here]
 
 
 @dataclass
@@ -281,8 +198,7 @@ def farthest(
     sample = nested_sample(len(rows), float(wanted.shares[0]), seed)
     own = None if weights is None else weights[sample]
     generator = None if draw is None else np.random.default_rng([draw, *np.atleast_1d(seed)])
-    shortcut = wanted.shortcuts[0]
-    find = NearestCentroid(wanted.centroids[0].astype(dtype, copy=False), shortcut.basis if shortcut else None)
+    find = NearestCentroid(wanted.centroids[0].astype(dtype, copy=False))
     for here, x in blocks(rows, metric, sample):
         labels = find(x)
         w = np.ones(len(x)) if own is None else own[here]

@@ -43,8 +43,8 @@ class KMeans(ClusterMixin, BaseEstimator):
 
     `metric` is "l2" or "cosine" (spherical k-means); `init` is "k-means++", "kmeans||", "random" or an array (K, D);
     the lowest objective of `num_init` restarts wins. `method` is "lloyd", exact from the first iteration, or
-    "minibatch", whose early iterations see growing samples where rows are many and projections where dimensions are
-    (see `lloyd.schedule`); both end with exact passes over all rows. Iterations end when the objective falls by at
+    "minibatch", whose early iterations see growing samples and go past the means where rows are many (see
+    `lloyd.schedule`); both end with exact, plain passes over all rows. Iterations end when the objective falls by at
     most `tolerance` of itself. Above 65536 rows `threads` share the work; how many does not change the result.
     `device` is "cpu", "cuda" or "auto": a GPU where there is one.
 
@@ -95,7 +95,7 @@ class KMeans(ClusterMixin, BaseEstimator):
             metric=self.metric,
             max_iterations=self.max_iterations,
             tolerance=self.tolerance,
-            steps=schedule(self.method, len(X), X.shape[1], self.num_clusters),
+            steps=schedule(self.method, len(X), self.num_clusters),
         )
         self.cluster_centers_ = state.centroids[state.best]
         self.labels_, squared = _assign(X, self.metric, self.cluster_centers_, on_device)

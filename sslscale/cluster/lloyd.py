@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from sslscale.cluster.kernels import Farthest, Pass, Shortcut, Totals, accumulate, farthest
+from sslscale.cluster.kernels import Farthest, Pass, Totals, accumulate, farthest
 from sslscale.features import sample_positions
 from sslscale.features.distance import prepare
 from sslscale.features.files import replacing
@@ -24,44 +24,48 @@ if TYPE_CHECKING:
     from sslscale.cluster.on_device import DeviceKernels  # it imports torch
 
 SAMPLE_PER_CLUSTER = 256  # rows a cluster that initial centroids are chosen from, as in faiss
-FIRST_PER_CLUSTER = 32  # rows a cluster that the first iterations look at
+FIRST_PER_CLUSTER = 48  # rows a cluster that the first iterations look at
 MIN_SAMPLE = 16384
 CHUNK_ROWS = 65536  # of an array, that one thread adds up at a time
 
-# Below these a full product costs no more than the projection of the rows.
-PROJECTED_CLUSTERS, PROJECTED_DIM = 256, 128
-ENERGY = 0.85  # of the centroids' variance, that the projections of a shortcut hold
-STEP_TOLERANCE = 0.004  # relative fall of the objective that ends the iterations on a sample
+RELAXATION = 1.6  # of early updates: how far past the mean, from where the centroid was
+# Relative falls of the objective that end the iterations on a sample, and those over all rows that go past the means.
+SAMPLE_TOLERANCE, RELAXED_TOLERANCE = 0.01, 0.001
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Step:
-    """How iterations look at the rows: a share of them, exactly or by a shortcut (kernels.Shortcut)."""
+    """How iterations go: over a share of the rows, each centroid `relaxation` of the way to its rows' mean.
+
+    They end where the objective falls by at most `tolerance` of itself, or by the run's own tolerance if that is more.
+    """
 
     share: float
-    exact: bool
+    relaxation: float
+    tolerance: float
 
 
-EXACT = Step(1.0, exact=True)
+PLAIN = Step(1.0, 1.0, 0.0)
 
 
-def schedule(method: str, num_rows: int, dim: int, num_clusters: int) -> list[Step]:
-    """The steps of "lloyd" (exact from the first iteration) or of "minibatch".
+def schedule(method: str, num_rows: int, num_clusters: int) -> list[Step]:
+    """The steps of "lloyd" (plain from the first iteration) or of "minibatch".
 
-    "minibatch" begins on a random sample that doubles once it has taught what it can (nested mini-batches: Newling
-    and Fleuret, 2016, https://arxiv.org/abs/1602.02934), and, where clusters and dimensions are many, with
-    assignments by a shortcut (which a GPU does not take). It ends with Lloyd's exact iterations over all rows.
+    "minibatch" begins on a random sample that grows fourfold once it has taught what it can (nested mini-batches:
+    Newling and Fleuret, 2016, https://arxiv.org/abs/1602.02934), and over-relaxes: a centroid c goes past the mean m of
+    its rows, to c + RELAXATION (m - c). What its rows are apart, sum |x - c|^2 = sum |x - m|^2 + n |c - m|^2, falls for
+    every factor below 2, and boundaries between clusters move on instead of creeping. It ends with plain iterations
+    over all rows. Few rows have plain ones only.
     """
     if method == "lloyd":
-        return [EXACT]
+        return [PLAIN]
     shares = [1.0]
-    while shares[0] / 2 * num_rows >= max(FIRST_PER_CLUSTER * num_clusters, MIN_SAMPLE):
-        shares.insert(0, shares[0] / 2)
-    if num_clusters >= PROJECTED_CLUSTERS and dim >= PROJECTED_DIM:
-        return [*(Step(share, exact=False) for share in shares), EXACT]
-    return [Step(share, exact=True) for share in shares]
+    while shares[0] / 4 * num_rows >= max(FIRST_PER_CLUSTER * num_clusters, MIN_SAMPLE):
+        shares.insert(0, shares[0] / 4)
+    samples = [Step(share, RELAXATION, SAMPLE_TOLERANCE) for share in shares[:-1]]
+    return [*samples, Step(1.0, RELAXATION, RELAXED_TOLERANCE), PLAIN] if samples else [PLAIN]
 
 
 class Rows(Protocol):
@@ -175,27 +179,27 @@ def lloyd(
     metric: str,
     max_iterations: int,
     tolerance: float,
-    steps: Sequence[Step] = (EXACT,),
+    steps: Sequence[Step] = (PLAIN,),
     checkpoint: Callable[[LloydState], None] = lambda state: None,
 ) -> LloydState:
     """Iterates until every restart has converged in the last step, or has made `max_iterations` updates.
 
     A restart has converged when its objective falls by at most `tolerance` times itself and no cluster is empty that
-    a row could fill. An earlier step ends the same way, on a sample at STEP_TOLERANCE; every restart ends with a pass
+    a row could fill. An earlier step ends the same way, at its own tolerance; every restart ends with a pass
     of the last step, so that objectives compare. `checkpoint(state)` is called after every pass; going on from a saved
     state gives the same bits.
     """
     last = len(steps) - 1
     while state.active.any():
         running = np.flatnonzero(state.active)
-        wanted = _look([steps[step] for step in state.steps[running]], state.centroids[running])
+        wanted = Pass(state.centroids[running], np.array([steps[step].share for step in state.steps[running]]))
         totals = rows.totals(wanted)
         objective = totals.objective(wanted.centroids) / wanted.shares
         for at, restart in enumerate(running):
             before, now = state.objective[restart], objective[at]
             step = state.steps[restart]
             at_last = step == last
-            enough = tolerance if steps[step].share == 1 else max(tolerance, STEP_TOLERANCE)
+            enough = max(tolerance, steps[step].tolerance)
             fell = now > 0 if np.isinf(before) else before - now > enough * before
             state.objective[restart] = now
             spent = state.iterations[restart] >= max_iterations
@@ -208,22 +212,23 @@ def lloyd(
                 state.steps[restart] = following
             if state.active[restart] and not spent:
                 own = wanted.centroids[at]
-                state.centroids[restart] = _update(totals.sums[at], totals.counts[at], own, metric)
+                relaxation = steps[step].relaxation if state.iterations[restart] else 1.0  # rows are far from a mean
+                state.centroids[restart] = _update(totals.sums[at], totals.counts[at], own, metric, relaxation)
                 state.iterations[restart] += 1
         state.passes += 1
         checkpoint(state)
     return state
 
 
-def _look(steps: Sequence[Step], centroids: np.ndarray) -> Pass:
-    shortcuts = [None if step.exact else Shortcut.of(own, ENERGY) for step, own in zip(steps, centroids, strict=True)]
-    return Pass(centroids, np.array([step.share for step in steps]), shortcuts)
-
-
-def _update(sums: np.ndarray, counts: np.ndarray, before: np.ndarray, metric: str) -> np.ndarray:
-    """The means (K, D) of the clusters, normalised under "cosine"; a cluster without any stays where it was."""
+def _update(sums: np.ndarray, counts: np.ndarray, before: np.ndarray, metric: str, relaxation: float) -> np.ndarray:
+    """The means (K, D) of the clusters, or past them; normalised under "cosine". One without any stays where it was."""
     scale = np.linalg.norm(sums, axis=1) if metric == "cosine" else counts
-    return np.where(scale[:, None] > 0, sums / np.where(scale > 0, scale, 1)[:, None], before).astype(before.dtype)
+    means = np.where(scale[:, None] > 0, sums / np.where(scale > 0, scale, 1)[:, None], before)
+    if relaxation != 1:
+        means = before + relaxation * (means - before)
+        if metric == "cosine":
+            means = prepare(means, metric)
+    return means.astype(before.dtype)
 
 
 def _refill_empty(rows: Rows, totals: Totals, at: int, wanted: Pass) -> bool:
@@ -237,9 +242,9 @@ def _refill_empty(rows: Rows, totals: Totals, at: int, wanted: Pass) -> bool:
     if not len(empty):
         return False
     share = wanted.shares[at]
-    if wanted.shortcuts[at] is not None or share < 1:  # far rows of a sample will do while nothing else is exact
+    if share < 1:  # far rows of a smaller sample will do
         share = min(share, MIN_SAMPLE / rows.num_rows)
-    found = rows.farthest(Pass(wanted.centroids[at : at + 1], np.array([share]), [wanted.shortcuts[at]]), len(empty))
+    found = rows.farthest(Pass(wanted.centroids[at : at + 1], np.array([share])), len(empty))
     filled = 0
     for squared, donor, row, weight in zip(found.squared, found.labels, found.rows, found.weights, strict=True):
         if squared > 0 and 0 < weight < counts[donor]:
@@ -247,5 +252,6 @@ def _refill_empty(rows: Rows, totals: Totals, at: int, wanted: Pass) -> bool:
             sums[donor] -= value
             counts[donor] -= weight
             sums[cluster], counts[cluster] = value, weight
+            wanted.centroids[at, cluster] = row  # where it is now: an update does not go past it
             filled += 1
     return filled > 0

@@ -40,7 +40,7 @@ class DeviceKernels:
         seed: int | Sequence[int] = 0,
         name: Hashable = None,
     ) -> Totals:
-        """As kernels.accumulate, of rows (n, D); every assignment is exact: a GPU gains nothing by a shortcut."""
+        """As kernels.accumulate, of rows (n, D)."""
         here, totals = self._bring(rows, name), Totals.zero(wanted.centroids)
         w = None if weights is None else torch.from_numpy(np.asarray(weights)).to(self.device)
         for share in np.unique(wanted.shares):

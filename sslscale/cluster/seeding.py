@@ -56,4 +56,4 @@ def _kmeans_parallel(rows: Rows, num_clusters: int, seed: int) -> np.ndarray:
 
 
 def _looking(centroids: np.ndarray, share: float) -> Pass:
-    return Pass(centroids[None], np.array([share]), [None])
+    return Pass(centroids[None], np.array([share]))

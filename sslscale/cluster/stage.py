@@ -6,10 +6,10 @@ cluster/<name>/distances/<dataset>/part-00042.npy    fp32, to the own centroid: 
 cluster/<name>/metrics.jsonl                         the objective at every iteration
 cluster/<name>/sweep/<K>.jsonl                       the same, where several numbers of clusters are tried
 
-Of result.json: `schedule`, what the k-means iterations looked at (share of the rows; whether exactly, or by a
-shortcut); `sweep`, one line a number of clusters (see `sweep.describe`), and `num_clusters` the one chosen by
-`sweep.choose`; `num_parents` and `distances_per_row` of the hierarchical method; `noise`, the rows that hdbscan left
-out, which are assigned to the nearest centroid; `warnings` of clusters that are empty or hold nearly everything.
+Of result.json: `schedule`, how the k-means iterations went (see `lloyd.Step`); `sweep`, one line a number of clusters
+(see `sweep.describe`), and `num_clusters` the one chosen by `sweep.choose`; `num_parents` and `distances_per_row` of
+the hierarchical method; `noise`, the rows that hdbscan left out, which are assigned to the nearest centroid; `warnings`
+of clusters that are empty or hold nearly everything.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _fit_kmeans(
         "num_clusters": chosen,
         "objective": _assign_parts(stage, pool, features, centroids),
         "iterations": int(state.iterations[state.best]),
-        "schedule": [asdict(step) for step in schedule(settings.method, features.num_rows, features.dim, chosen)],
+        "schedule": [asdict(step) for step in schedule(settings.method, features.num_rows, chosen)],
         **sweep,
     }
 
@@ -236,7 +236,7 @@ def _fit(
             metric=settings.metric,
             max_iterations=settings.max_iterations,
             tolerance=settings.tolerance,
-            steps=schedule(settings.method, features.num_rows, features.dim, num_clusters),
+            steps=schedule(settings.method, features.num_rows, num_clusters),
             checkpoint=checkpoint,
         )
 

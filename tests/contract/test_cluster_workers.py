@@ -16,10 +16,9 @@ DIM, CLUSTERS, PART_ROWS, PARTS = 16, 40, 1500, 5
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Small data that goes through the schedule of large data; the workers are only told what to look at."""
-    sizes = {"SAMPLE_PER_CLUSTER": 32, "MIN_SAMPLE": 1000, "PROJECTED_CLUSTERS": 8, "PROJECTED_DIM": 8}
+    sizes = {"SAMPLE_PER_CLUSTER": 32, "FIRST_PER_CLUSTER": 8, "MIN_SAMPLE": 300}
     for name, value in sizes.items():
         monkeypatch.setattr(lloyd, name, value)
-    monkeypatch.setattr("sslscale.cluster.kernels.RANK_STEP", 2)
     generator = np.random.default_rng(0)
     centres = 3 * generator.normal(size=(CLUSTERS, DIM))
     store = FeatureStore.create(tmp_path / "embed/train", dim=DIM, dtype="fp16", normalized=False, backbone="b")

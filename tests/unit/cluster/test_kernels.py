@@ -5,13 +5,11 @@ from sslscale.cluster import kernels
 from sslscale.cluster.kernels import (
     Farthest,
     Pass,
-    Shortcut,
     Totals,
     accumulate,
     farthest,
     nearest_centroid,
     nested_sample,
-    principal_basis,
     squared_distances,
 )
 
@@ -55,7 +53,7 @@ def test_totals_are_the_sums_over_the_rows(rows, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK_ROWS", 64)
     centroids = np.stack([rows[:4], rows[10:14]]).astype(np.float32)
     weights = np.random.default_rng(2).uniform(size=len(rows))
-    totals = accumulate(rows, "l2", Pass.exact(centroids), weights)
+    totals = accumulate(rows, "l2", Pass.whole(centroids), weights)
     for restart in range(2):
         squared = brute(rows, centroids[restart])
         labels = squared.argmin(axis=1)
@@ -69,8 +67,8 @@ def test_totals_are_the_sums_over_the_rows(rows, monkeypatch):
 
 def test_fp16_totals_are_exact_in_any_order(rows):
     centroids = rows[None, :5].astype(np.float32)
-    whole = accumulate(rows, "l2", Pass.exact(centroids))
-    parts = [accumulate(part, "l2", Pass.exact(centroids)) for part in np.array_split(rows, 7)]
+    whole = accumulate(rows, "l2", Pass.whole(centroids))
+    parts = [accumulate(part, "l2", Pass.whole(centroids)) for part in np.array_split(rows, 7)]
     total = Totals.zero(centroids)
     for part in reversed(parts):
         total.add(part)
@@ -82,10 +80,10 @@ def test_farthest_over_blocks(rows, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK_ROWS", 32)
     centroids = rows[:3].astype(np.float32)
     expected = np.argsort(-brute(rows, centroids).min(axis=1), kind="stable")[:6]
-    found = farthest(rows, "l2", Pass.exact(centroids[None]), 6)
+    found = farthest(rows, "l2", Pass.whole(centroids[None]), 6)
     np.testing.assert_array_equal(found.rows, rows[expected])
     np.testing.assert_array_equal(found.labels, brute(rows, centroids).argmin(axis=1)[expected])
-    halves = [farthest(half, "l2", Pass.exact(centroids[None]), 6) for half in np.array_split(rows, 2)]
+    halves = [farthest(half, "l2", Pass.whole(centroids[None]), 6) for half in np.array_split(rows, 2)]
     np.testing.assert_array_equal(Farthest.merge(halves, 6).rows, found.rows)
 
 
@@ -101,60 +99,20 @@ def test_a_pass_over_a_sample_is_a_pass_over_its_rows(rows):
     centroids = rows[None, :5].astype(np.float32)
     weights = np.random.default_rng(2).uniform(size=len(rows))
     here = nested_sample(len(rows), 0.3, 7)
-    part = accumulate(rows, "l2", Pass(centroids, np.array([0.3]), [None]), weights, seed=7)
-    alone = accumulate(rows[here], "l2", Pass.exact(centroids), weights[here])
+    part = accumulate(rows, "l2", Pass(centroids, np.array([0.3])), weights, seed=7)
+    alone = accumulate(rows[here], "l2", Pass.whole(centroids), weights[here])
     np.testing.assert_array_equal(part.sums, alone.sums)
     assert part.squares == alone.squares
 
 
 def test_restarts_of_one_pass_may_look_at_different_shares(rows):
     centroids = np.stack([rows[:5], rows[5:10]]).astype(np.float32)
-    both = accumulate(rows, "l2", Pass(centroids, np.array([0.5, 1.0]), [None, None]), seed=1)
+    both = accumulate(rows, "l2", Pass(centroids, np.array([0.5, 1.0])), seed=1)
     for restart, share in enumerate((0.5, 1.0)):
         here = slice(restart, restart + 1)
-        alone = accumulate(rows, "l2", Pass(centroids[here], np.array([share]), [None]), seed=1)
+        alone = accumulate(rows, "l2", Pass(centroids[here], np.array([share])), seed=1)
         np.testing.assert_array_equal(both.sums[restart], alone.sums[0])
         np.testing.assert_array_equal(both.counts[restart], alone.counts[0])
-
-
-def low_rank(n=2000, dim=160, rank=8, noise=0.01):
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(n, rank)) @ generator.normal(size=(rank, dim))
-    return (x + noise * generator.normal(size=x.shape) + 3).astype(np.float32)
-
-
-def test_a_projection_finds_the_nearest_where_it_holds_the_variance():
-    x = low_rank()
-    centroids = x[:300]
-    basis = principal_basis(centroids, 0.85)
-    assert basis.shape == (160, 32)
-    np.testing.assert_allclose(basis.T @ basis, np.eye(32), atol=1e-5)
-    agreement = (nearest_centroid(x, centroids, basis) == nearest_centroid(x, centroids)).mean()
-    assert agreement > 0.95
-
-
-def test_a_shortcut_finds_what_its_projections_miss():
-    x = low_rank(rank=40, noise=0.1)
-    centroids = x[:300]
-    shortcut = Shortcut.of(centroids, 0.6)
-    assert shortcut.near.shape == (300, 32) and (shortcut.near == np.arange(300)[:, None]).any(axis=1).all()
-    exact = nearest_centroid(x, centroids)
-    guessed = (nearest_centroid(x, centroids, shortcut.basis) == exact).mean()
-    found = shortcut.labels(x, "l2", centroids) == exact
-    assert 1 - found.mean() < (1 - guessed) / 2  # forty directions that matter alike: hard for both
-    sample = np.arange(3, 2000, 7)
-    np.testing.assert_array_equal(
-        shortcut.labels(x, "l2", centroids, sample), shortcut.labels(x, "l2", centroids)[sample]
-    )
-    np.testing.assert_array_equal(
-        Shortcut.of(centroids[:20], 0.6).labels(x, "l2", centroids[:20]), nearest_centroid(x, centroids[:20])
-    )
-
-
-def test_no_projection_where_it_would_hold_too_little():
-    isotropic = np.random.default_rng(0).normal(size=(1000, 128)).astype(np.float32)
-    assert principal_basis(isotropic, 0.85) is None
-    assert principal_basis(np.ones((300, 128), np.float32), 0.85) is None  # no variance at all
 
 
 def test_draws_are_in_proportion_to_the_squared_distance():
@@ -162,7 +120,7 @@ def test_draws_are_in_proportion_to_the_squared_distance():
     centroid = np.zeros((1, 1, 1), dtype=np.float32)
     counts = np.zeros(3)
     for draw in range(20):
-        found = farthest(x, "l2", Pass.exact(centroid), 50, draw=draw)
+        found = farthest(x, "l2", Pass.whole(centroid), 50, draw=draw)
         counts += [(found.rows == value).sum() for value in (0, 1, 2)]
     assert counts[0] == 0 and counts.sum() == 1000
     assert counts[2] / counts[1] == pytest.approx(4, rel=0.25)
