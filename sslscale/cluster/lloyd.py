@@ -212,7 +212,9 @@ def lloyd(
                 state.steps[restart] = following
             if state.active[restart] and not spent:
                 own = wanted.centroids[at]
-                relaxation = steps[step].relaxation if state.iterations[restart] else 1.0  # rows are far from a mean
+                # The first centroids are rows, far from any mean; the last ones are to be means.
+                early = 0 < state.iterations[restart] < max_iterations - 1
+                relaxation = steps[step].relaxation if early else 1.0
                 state.centroids[restart] = _update(totals.sums[at], totals.counts[at], own, metric, relaxation)
                 state.iterations[restart] += 1
         state.passes += 1

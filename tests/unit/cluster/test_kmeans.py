@@ -206,6 +206,24 @@ def test_going_past_the_means_never_raises_the_objective_and_takes_fewer_passes(
     assert passes[lloyd_module.RELAXATION] < 0.9 * passes[1.0]
 
 
+def test_the_last_update_goes_to_the_means_however_few_there_are():
+    x = many_rows().astype(np.float32)
+    rows, reached = ArrayRows(x, "l2"), []
+    lloyd(
+        rows,
+        initial_state(rows, 10, "random", 1, seed=0),
+        metric="l2",
+        max_iterations=3,
+        tolerance=0.0,
+        steps=[lloyd_module.Step(1.0, lloyd_module.RELAXATION, 0.0), lloyd_module.PLAIN],
+        checkpoint=lambda state: reached.append(state.centroids[0].copy()),
+    )
+    before, last = reached[1], reached[-1]
+    labels = ((x[:, None] - before) ** 2).sum(axis=2).argmin(axis=1)
+    means = np.stack([x[labels == cluster].mean(axis=0) for cluster in range(10)])
+    np.testing.assert_allclose(last, means, rtol=1e-3, atol=1e-4)
+
+
 def test_minibatch_ends_like_lloyd(small_scale):
     x = many_rows()
     assert len(schedule("minibatch", len(x), 40)) > 2
