@@ -123,7 +123,7 @@ def starting_effort(index: faiss.Index) -> Effort:
     own = layers(index)
     return Effort(
         nprobe=1 if isinstance(own[-1], faiss.IndexIVF) else None,
-        ef_search=16 if isinstance(own[-1], faiss.IndexHNSW) else None,
+        ef_search=10 if isinstance(own[-1], faiss.IndexHNSW) else None,
         k_factor=1 if isinstance(own[0], faiss.IndexRefine) else None,
     )
 
