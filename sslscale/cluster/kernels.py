@@ -185,24 +185,17 @@ def farthest(
     count: int,
     weights: np.ndarray | None = None,
     seed: int | Sequence[int] = 0,
-    draw: int | None = None,
 ) -> Farthest:
-    """The `count` rows of (n, D) that are farthest from their centroid, for the one restart of `wanted`.
-
-    With a `draw` they are drawn at random instead, without replacement, in proportion to w ||x - c||^2: the highest
-    of w ||x - c||^2 / Exp(1) (Efraimidis and Spirakis, 2006). Draws of different numbers are independent.
-    """
+    """The `count` rows of (n, D) that are farthest from their centroid, for the one restart of `wanted`."""
     none = np.empty(0)
     dtype = np.result_type(rows.dtype, np.float32)
     found = Farthest(none, none, np.empty(0, np.int32), np.empty((0, rows.shape[1]), dtype), none)
     sample = nested_sample(len(rows), float(wanted.shares[0]), seed)
     own = None if weights is None else weights[sample]
-    generator = None if draw is None else np.random.default_rng([draw, *np.atleast_1d(seed)])
     find = NearestCentroid(wanted.centroids[0].astype(dtype, copy=False))
     for here, x in blocks(rows, metric, sample):
         labels = find(x)
         w = np.ones(len(x)) if own is None else own[here]
         squared = squared_distances(x, wanted.centroids[0], labels)
-        keys = squared if generator is None else w * squared / generator.standard_exponential(len(x))
-        found = Farthest.merge([found, Farthest(keys, squared, labels, x, w)], count)
+        found = Farthest.merge([found, Farthest(squared, squared, labels, x, w)], count)
     return found

@@ -12,6 +12,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from sslscale.cluster import hierarchy
+from sslscale.cluster.candidates import Candidates, CandidateSearch
 from sslscale.cluster.kernels import (
     Farthest,
     NearestCentroid,
@@ -179,6 +180,7 @@ class KMeansWorker:
     def __init__(self, features: Mapping[str, str], metric: str, output: str, device: str = "cpu") -> None:
         self.features, self.metric, self.output = FeatureSet.open(features), metric, Path(output)
         self.on_device = _on_device(device)
+        self._search = CandidateSearch()
 
     def gather(self, item: tuple[int, np.ndarray], broadcast: None) -> np.ndarray:
         """Prepared rows of `(part, row numbers)`, (n, D)."""
@@ -192,10 +194,20 @@ class KMeansWorker:
             return self.on_device.accumulate(rows, self.metric, wanted, seed=part, name=part)
         return accumulate(rows, self.metric, wanted, seed=part)
 
-    def farthest(self, part: int, broadcast: tuple[Pass, int, int | None]) -> Farthest:
-        """The part's rows that are farthest from their centroid, for `(pass of one restart, how many, draw)`."""
-        wanted, count, draw = broadcast
-        return farthest(self.features.block(part), self.metric, wanted, count, seed=part, draw=draw)
+    def farthest(self, part: int, broadcast: tuple[Pass, int]) -> Farthest:
+        """The part's rows that are farthest from their centroid, for `(pass of one restart, how many)`."""
+        wanted, count = broadcast
+        return farthest(self.features.block(part), self.metric, wanted, count, seed=part)
+
+    def drawn(self, part: int, broadcast: tuple[Candidates, int]) -> Farthest:
+        """Rows of the part, more often those far from the candidates, for `(candidates, how many)`."""
+        candidates, count = broadcast
+        rows = self.features.block(part)
+        return self._search.draw(rows, self.metric, candidates, count, seed=part, name=part)
+
+    def weighed(self, part: int, candidates: Candidates) -> np.ndarray:
+        """How many of the part's rows are nearest to each candidate."""
+        return self._search.weigh(self.features.block(part), self.metric, candidates, seed=part, name=part)
 
     def partition(self, part: int, parents: np.ndarray) -> np.ndarray:
         """Writes the part's row numbers sorted by parent (P, D), and where each parent's begin; returns their sizes."""
@@ -271,8 +283,14 @@ class PoolRows:
             total.add(part)
         return total
 
-    def farthest(self, wanted: Pass, count: int, draw: int | None = None) -> Farthest:
-        return Farthest.merge(_in_order(self.pool.map("farthest", self._parts, (wanted, count, draw))), count)
+    def farthest(self, wanted: Pass, count: int) -> Farthest:
+        return Farthest.merge(_in_order(self.pool.map("farthest", self._parts, (wanted, count))), count)
+
+    def drawn(self, candidates: Candidates, count: int) -> Farthest:
+        return Farthest.merge(_in_order(self.pool.map("drawn", self._parts, (candidates, count))), count)
+
+    def weighed(self, candidates: Candidates) -> np.ndarray:
+        return np.sum(list(_in_order(self.pool.map("weighed", self._parts, candidates))), axis=0)
 
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         ids = self.features.row_ids(sample_positions(self.num_rows, size, seed))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
+from sslscale.cluster.candidates import Candidates, CandidateSearch
 from sslscale.cluster.kernels import Farthest, Pass, Totals, accumulate, farthest
 from sslscale.features import sample_positions
 from sslscale.features.distance import prepare
@@ -69,7 +70,7 @@ def schedule(method: str, num_rows: int, num_clusters: int) -> list[Step]:
 
 
 class Rows(Protocol):
-    """N rows, seen only through sums, the few farthest, and one bounded sample."""
+    """N rows, seen only through sums, few of them, and one bounded sample."""
 
     num_rows: int
 
@@ -77,8 +78,16 @@ class Rows(Protocol):
         """Of the rows that each restart looks at."""
         ...
 
-    def farthest(self, wanted: Pass, count: int, draw: int | None = None) -> Farthest:
-        """The `count` rows farthest from their centroid, or drawn so, for the one restart of `wanted`."""
+    def farthest(self, wanted: Pass, count: int) -> Farthest:
+        """The `count` rows farthest from their centroid, for the one restart of `wanted`."""
+        ...
+
+    def drawn(self, candidates: Candidates, count: int) -> Farthest:
+        """`count` rows, more often those far from the candidates; see CandidateSearch.draw."""
+        ...
+
+    def weighed(self, candidates: Candidates) -> np.ndarray:
+        """The weight of the rows nearest to each candidate: float64 (C,)."""
         ...
 
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,6 +112,7 @@ class ArrayRows:
         self.x, self.metric, self.weights = x, metric, weights
         self.threads, self.on_device = threads if on_device is None else 1, on_device
         self.num_rows = len(x)
+        self._search = CandidateSearch()
 
     def totals(self, wanted: Pass) -> Totals:
         def add_up(rows: np.ndarray, weights: np.ndarray | None, at: int) -> Totals:
@@ -115,9 +125,21 @@ class ArrayRows:
             total.add(chunk)
         return total
 
-    def farthest(self, wanted: Pass, count: int, draw: int | None = None) -> Farthest:
+    def farthest(self, wanted: Pass, count: int) -> Farthest:
         return Farthest.merge(
-            self._chunks(lambda rows, weights, at: farthest(rows, self.metric, wanted, count, weights, at, draw)), count
+            self._chunks(lambda rows, weights, at: farthest(rows, self.metric, wanted, count, weights, at)), count
+        )
+
+    def drawn(self, candidates: Candidates, count: int) -> Farthest:
+        draw = self._search.draw
+        return Farthest.merge(
+            self._chunks(lambda rows, weights, at: draw(rows, self.metric, candidates, count, weights, at, at)), count
+        )
+
+    def weighed(self, candidates: Candidates) -> np.ndarray:
+        weigh = self._search.weigh
+        return np.sum(
+            list(self._chunks(lambda rows, weights, at: weigh(rows, self.metric, candidates, weights, at, at))), axis=0
         )
 
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from sklearn.cluster import kmeans_plusplus
 
-from sslscale.cluster.kernels import Pass
+from sslscale.cluster.candidates import Candidates
 from sslscale.cluster.lloyd import MIN_SAMPLE, SAMPLE_PER_CLUSTER, LloydState, Rows
 
 ROUNDS = 5  # of k-means||, each of which draws half as many candidates as there are clusters
@@ -44,16 +46,15 @@ def _kmeans_parallel(rows: Rows, num_clusters: int, seed: int) -> np.ndarray:
     one pass each, where the paper draws each row by itself.
     """
     share = min(1.0, max(ROWS_PER_CLUSTER * num_clusters, MIN_SAMPLE) / rows.num_rows)
-    candidates = rows.sample(1, seed)[0]
-    for draw in range(ROUNDS):
-        drawn = rows.farthest(_looking(candidates, share), -(-num_clusters // 2), draw=seed + draw)
-        candidates = np.concatenate([candidates, drawn.rows[drawn.squared > 0]])
-    if len(candidates) < num_clusters:  # fewer distinct rows than clusters
+    candidates = Candidates((rows.sample(1, seed)[0],), share, seed)
+    for _ in range(ROUNDS):
+        drawn = rows.drawn(candidates, -(-num_clusters // 2))
+        new = drawn.rows[drawn.squared > 0]
+        if not len(new):
+            break
+        candidates = replace(candidates, rounds=(*candidates.rounds, new))
+    found = candidates.joined()
+    if len(found) < num_clusters:  # fewer distinct rows than clusters
         sample, weights = rows.sample(max(SAMPLE_PER_CLUSTER * num_clusters, MIN_SAMPLE), seed)
         return _plusplus(sample, weights, num_clusters, seed)
-    counts = rows.totals(_looking(candidates, share)).counts[0]
-    return _plusplus(candidates, counts, num_clusters, seed)
-
-
-def _looking(centroids: np.ndarray, share: float) -> Pass:
-    return Pass(centroids[None], np.array([share]))
+    return _plusplus(found, rows.weighed(candidates), num_clusters, seed)

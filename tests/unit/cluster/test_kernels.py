@@ -113,14 +113,3 @@ def test_restarts_of_one_pass_may_look_at_different_shares(rows):
         alone = accumulate(rows, "l2", Pass(centroids[here], np.array([share])), seed=1)
         np.testing.assert_array_equal(both.sums[restart], alone.sums[0])
         np.testing.assert_array_equal(both.counts[restart], alone.counts[0])
-
-
-def test_draws_are_in_proportion_to_the_squared_distance():
-    x = np.repeat(np.array([[0.0], [1.0], [2.0]], dtype=np.float32), 1000, axis=0)
-    centroid = np.zeros((1, 1, 1), dtype=np.float32)
-    counts = np.zeros(3)
-    for draw in range(20):
-        found = farthest(x, "l2", Pass.whole(centroid), 50, draw=draw)
-        counts += [(found.rows == value).sum() for value in (0, 1, 2)]
-    assert counts[0] == 0 and counts.sum() == 1000
-    assert counts[2] / counts[1] == pytest.approx(4, rel=0.25)
