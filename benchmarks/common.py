@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).parent / "results"
 PART_ROWS = 2**18
 PACKAGES = (
@@ -52,8 +54,6 @@ def random_store(folder: Path, rows: int, dim: int, noise: float) -> None:
     """A feature store of fp16 rows around 4,096 centres, in parts of 2^18; their tables are left out: nothing here
     reads them.
     """
-    import numpy as np
-
     from sslscale.features.files import write_npy
     from sslscale.features.store import FORMAT_VERSION
     from sslscale.rundir import write_json
@@ -69,6 +69,19 @@ def random_store(folder: Path, rows: int, dim: int, noise: float) -> None:
         parts.append({"part": part, "rows": size, "sha256": str(part), "table_sha256": ""})
     record = {"dim": dim, "dtype": "fp16", "normalized": False, "backbone": "random", "parts": parts}
     write_json(folder / "features.json", {"format_version": FORMAT_VERSION, "num_rows": rows, **record})
+
+
+def write_store(folder: Path, x: np.ndarray, dtype: str = "fp32") -> None:
+    """The features of a run: rows (n, D) as its dataset `train`, in parts of 2^18, keyed by their number."""
+    from sslscale.features import FeatureStore
+
+    store = FeatureStore.create(folder / "embed" / "train", dim=x.shape[1], dtype=dtype, normalized=False, backbone="b")
+    records = []
+    for part, start in enumerate(range(0, len(x), PART_ROWS)):
+        rows = x[start : start + PART_ROWS]
+        keys = [str(start + row) for row in range(len(rows))]
+        records.append(store.write_part(part, rows, keys, ["s"] * len(rows), range(len(rows))))
+    store.commit(records)
 
 
 def hardware() -> dict[str, Any]:

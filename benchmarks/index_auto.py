@@ -26,10 +26,9 @@ from typing import Any
 
 import faiss
 import numpy as np
-from common import interleave, write_result
+from common import interleave, write_result, write_store
 
 from sslscale.config import IndexConfig, RunConfig
-from sslscale.features import FeatureStore
 from sslscale.index import Index
 from sslscale.index.build import run_index
 from sslscale.index.factory import Effort, inverted_lists, search_parameters, starting_effort
@@ -91,7 +90,7 @@ def surface(rows: int, seed: int) -> np.ndarray:
 
 
 DATA = {"features": features, "mixture": mixture, "surface": surface}
-PART_ROWS, K, WANTED = 2**18, 10, 0.95
+K, WANTED = 10, 0.95
 
 
 def built(factory: str, x: np.ndarray, train_rows: int | None = None) -> faiss.Index:
@@ -139,16 +138,6 @@ def compare_strings(x: np.ndarray, queries: np.ndarray, auto: str, rounds: int) 
         rows[factory]["queries_per_second"] = round((len(queries) - half) / seconds)
     best = max(rows[factory]["queries_per_second"] for factory in HAND_PICKED)
     return {"strings": rows, "auto": auto, "auto_over_best": round(rows[auto]["queries_per_second"] / best, 3)}
-
-
-def write_store(folder: Path, x: np.ndarray) -> None:
-    store = FeatureStore.create(folder / "embed" / "train", dim=DIM, dtype="fp32", normalized=False, backbone="b")
-    records = []
-    for part, start in enumerate(range(0, len(x), PART_ROWS)):
-        rows = x[start : start + PART_ROWS]
-        keys = [str(start + row) for row in range(len(rows))]
-        records.append(store.write_part(part, rows, keys, ["s"] * len(rows), range(len(rows))))
-    store.commit(records)
 
 
 def compare_with_faiss(x: np.ndarray, queries: np.ndarray, threads: int, rounds: int, folder: Path) -> dict[str, Any]:

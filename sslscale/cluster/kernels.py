@@ -9,7 +9,7 @@ depends on its part alone, never on how many workers there are or on which resta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,15 +114,24 @@ class Totals:
 
 @dataclass
 class Pass:
-    """What one pass over the rows asks for: centroids of R restarts, and how many rows each is to look at."""
+    """What one pass over the rows asks for: centroids of R restarts, how many rows each looks at, and how closely."""
 
     centroids: np.ndarray  # (R, K, D)
     shares: np.ndarray  # (R,), the share of the rows that counts; smaller samples are part of larger ones
+    exact: np.ndarray  # (R,) bool; where it need not be, of centroids about as near either may be taken
 
     @classmethod
-    def whole(cls, centroids: np.ndarray) -> Pass:
-        """Of all rows."""
-        return cls(centroids, np.ones(len(centroids)))
+    def of(cls, centroids: np.ndarray, share: float = 1.0) -> Pass:
+        """Exact, of the same share for all."""
+        return cls(centroids, np.full(len(centroids), share), np.ones(len(centroids), dtype=bool))
+
+
+def _finder(centroids: np.ndarray, exact: bool) -> Callable[[np.ndarray], np.ndarray]:
+    if exact:
+        return NearestCentroid(centroids)
+    from sslscale.cluster.rough import RoughNearestCentroid, has_tiles  # torch, which takes a second
+
+    return RoughNearestCentroid(centroids) if has_tiles() else NearestCentroid(centroids)
 
 
 def nested_sample(num_rows: int, share: float, seed: int | Sequence[int]) -> np.ndarray | slice:
@@ -143,7 +152,7 @@ def accumulate(
         own = None if weights is None else weights[sample]
         dtype = np.result_type(rows.dtype, np.float32)
         find = {
-            restart: NearestCentroid(wanted.centroids[restart].astype(dtype, copy=False))
+            restart: _finder(wanted.centroids[restart].astype(dtype, copy=False), wanted.exact[restart])
             for restart in restarts.tolist()
         }
         for here, x in blocks(rows, metric, sample):

@@ -44,10 +44,10 @@ class KMeans(ClusterMixin, BaseEstimator):
 
     `metric` is "l2" or "cosine" (spherical k-means); `init` is "k-means++", "kmeans||", "random" or an array (K, D);
     the lowest objective of `num_init` restarts wins. `method` is "lloyd", exact from the first iteration, or
-    "minibatch", whose early iterations see growing samples and go past the means where rows are many (see
-    `lloyd.schedule`); both end with exact, plain passes over all rows. Iterations end when the objective falls by at
-    most `tolerance` of itself. Above 65536 rows `threads` share the work; how many does not change the result.
-    `device` is "cpu", "cuda" or "auto": a GPU where there is one.
+    "minibatch", whose early iterations see growing samples, go past the means and take bf16 products where the
+    processor is made for them, if rows are many (see `lloyd.schedule`); both end with exact, plain passes over all
+    rows. Iterations end when the objective falls by at most `tolerance` of itself. Above 65536 rows `threads` share
+    the work; how many does not change the result. `device` is "cpu", "cuda" or "auto": a GPU where there is one.
 
     Fitted: `cluster_centers_` (K, D), `labels_` int32 (N,), `n_iter_` (updates of the winner), and `inertia_`, the
     objective: the sum of squared Euclidean distances, or of 1 - cosine, to the nearest centroid, in float64.

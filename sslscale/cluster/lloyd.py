@@ -41,14 +41,16 @@ class Step:
     """How iterations go: over a share of the rows, each centroid `relaxation` of the way to its rows' mean.
 
     They end where the objective falls by at most `tolerance` of itself, or by the run's own tolerance if that is more.
+    Where they need not be `exact`, rows may go to a centroid that is about as near as the nearest (see rough.py).
     """
 
     share: float
     relaxation: float
     tolerance: float
+    exact: bool
 
 
-PLAIN = Step(1.0, 1.0, 0.0)
+PLAIN = Step(1.0, 1.0, 0.0, exact=True)
 
 
 def schedule(method: str, num_rows: int, num_clusters: int) -> list[Step]:
@@ -57,16 +59,16 @@ def schedule(method: str, num_rows: int, num_clusters: int) -> list[Step]:
     "minibatch" begins on a random sample that grows fourfold once it has taught what it can (nested mini-batches:
     Newling and Fleuret, 2016, https://arxiv.org/abs/1602.02934), and over-relaxes: a centroid c goes past the mean m of
     its rows, to c + RELAXATION (m - c). What its rows are apart, sum |x - c|^2 = sum |x - m|^2 + n |c - m|^2, falls for
-    every factor below 2, and boundaries between clusters move on instead of creeping. It ends with plain iterations
-    over all rows. Few rows have plain ones only.
+    every factor below 2, and boundaries between clusters move on instead of creeping. It ends with plain, exact
+    iterations over all rows. Few rows have those only.
     """
     if method == "lloyd":
         return [PLAIN]
     shares = [1.0]
     while shares[0] / 4 * num_rows >= max(FIRST_PER_CLUSTER * num_clusters, MIN_SAMPLE):
         shares.insert(0, shares[0] / 4)
-    samples = [Step(share, RELAXATION, SAMPLE_TOLERANCE) for share in shares[:-1]]
-    return [*samples, Step(1.0, RELAXATION, RELAXED_TOLERANCE), PLAIN] if samples else [PLAIN]
+    samples = [Step(share, RELAXATION, SAMPLE_TOLERANCE, exact=False) for share in shares[:-1]]
+    return [*samples, Step(1.0, RELAXATION, RELAXED_TOLERANCE, exact=False), PLAIN] if samples else [PLAIN]
 
 
 class Rows(Protocol):
@@ -214,7 +216,9 @@ def lloyd(
     last = len(steps) - 1
     while state.active.any():
         running = np.flatnonzero(state.active)
-        wanted = Pass(state.centroids[running], np.array([steps[step].share for step in state.steps[running]]))
+        now_at = [steps[step] for step in state.steps[running]]
+        shares, exact = (np.array([getattr(step, name) for step in now_at]) for name in ("share", "exact"))
+        wanted = Pass(state.centroids[running], shares, exact)
         totals = rows.totals(wanted)
         objective = totals.objective(wanted.centroids) / wanted.shares
         for at, restart in enumerate(running):
@@ -268,7 +272,7 @@ def _refill_empty(rows: Rows, totals: Totals, at: int, wanted: Pass) -> bool:
     share = wanted.shares[at]
     if share < 1:  # far rows of a smaller sample will do
         share = min(share, MIN_SAMPLE / rows.num_rows)
-    found = rows.farthest(Pass(wanted.centroids[at : at + 1], np.array([share])), len(empty))
+    found = rows.farthest(Pass.of(wanted.centroids[at : at + 1], share), len(empty))
     filled = 0
     for squared, donor, row, weight in zip(found.squared, found.labels, found.rows, found.weights, strict=True):
         if squared > 0 and 0 < weight < counts[donor]:

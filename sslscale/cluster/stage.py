@@ -6,10 +6,10 @@ cluster/<name>/distances/<dataset>/part-00042.npy    fp32, to the own centroid: 
 cluster/<name>/metrics.jsonl                         the objective at every iteration
 cluster/<name>/sweep/<K>.jsonl                       the same, where several numbers of clusters are tried
 
-Of result.json: `schedule`, how the k-means iterations went (see `lloyd.Step`); `sweep`, one line a number of clusters
-(see `sweep.describe`), and `num_clusters` the one chosen by `sweep.choose`; `num_parents` and `distances_per_row` of
-the hierarchical method; `noise`, the rows that hdbscan left out, which are assigned to the nearest centroid; `warnings`
-of clusters that are empty or hold nearly everything.
+Of result.json: `schedule`, how the k-means iterations went (see `lloyd.Step`) and what they multiplied; `sweep`, one
+line a number of clusters (see `sweep.describe`), and `num_clusters` the one chosen by `sweep.choose`; `num_parents` and
+`distances_per_row` of the hierarchical method; `noise`, the rows that hdbscan left out, which are assigned to the
+nearest centroid; `warnings` of clusters that are empty or hold nearly everything.
 """
 
 from __future__ import annotations
@@ -136,7 +136,10 @@ def _fit_kmeans(
         "num_clusters": chosen,
         "objective": _assign_parts(stage, pool, features, centroids),
         "iterations": int(state.iterations[state.best]),
-        "schedule": [asdict(step) for step in schedule(settings.method, features.num_rows, chosen)],
+        "schedule": [
+            {**asdict(step), "products": "fp32" if step.exact else _early_products(settings)}
+            for step in schedule(settings.method, features.num_rows, chosen)
+        ],
         **sweep,
     }
 
@@ -182,6 +185,16 @@ def _take_given(
     write_npy(stage.path / "centroids.npy", centroids)
     objective = _assign_parts(stage, pool, features, centroids, "assign_given")
     return {"num_clusters": len(centroids), "objective": objective, "iterations": 0}
+
+
+def _early_products(settings: ClusterConfig) -> str:
+    """What iterations that need not be exact multiply: bf16 where the processor has tiles for it (see rough.py)."""
+    on_cpu = settings.device == "cpu" or pick_device(settings.device).type == "cpu"
+    if not on_cpu:
+        return "fp32"
+    from sslscale.cluster.rough import has_tiles
+
+    return "bf16" if has_tiles() else "fp32"
 
 
 def _warnings(sizes: np.ndarray) -> list[str]:

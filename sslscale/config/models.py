@@ -255,7 +255,7 @@ class ClusterConfig(StageConfig):
     init: Literal["k-means++", "kmeans||", "random"] = "k-means++"
     method: Literal["lloyd", "minibatch", "hierarchical", "hdbscan", "gmm", "spectral", "ward", "objective"] = Field(
         "minibatch",
-        description="k-means: minibatch (early iterations on growing samples, past the means) or lloyd (plain), "
+        description="k-means: minibatch (early iterations on growing samples, past the means, bf16) or lloyd (plain), "
         "or hierarchical (two levels, for very many clusters); scikit-learn's, where the samples are few; "
         "or objective: the clusters that the pretraining objective gives, as many as it has",
     )

@@ -112,7 +112,7 @@ def measure_rates(dim: int, num_clusters: int, threads: int) -> Rates:
         matrix = 2 * side**3 / _seconds(lambda: square @ square)
         memory = 2 * copied[0].nbytes / _seconds(lambda: np.copyto(*copied))
         assigning = _seconds(lambda: [find(x) for _, x in blocks(rows, "l2")])
-        wanted = Pass.whole(centroids[None])
+        wanted = Pass.of(centroids[None])
         adding = max(_seconds(lambda: accumulate(rows, "l2", wanted)) - assigning, 0.05 * assigning)
     return Rates(
         matrix=matrix,

@@ -53,7 +53,7 @@ def test_totals_are_the_sums_over_the_rows(rows, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK_ROWS", 64)
     centroids = np.stack([rows[:4], rows[10:14]]).astype(np.float32)
     weights = np.random.default_rng(2).uniform(size=len(rows))
-    totals = accumulate(rows, "l2", Pass.whole(centroids), weights)
+    totals = accumulate(rows, "l2", Pass.of(centroids), weights)
     for restart in range(2):
         squared = brute(rows, centroids[restart])
         labels = squared.argmin(axis=1)
@@ -67,8 +67,8 @@ def test_totals_are_the_sums_over_the_rows(rows, monkeypatch):
 
 def test_fp16_totals_are_exact_in_any_order(rows):
     centroids = rows[None, :5].astype(np.float32)
-    whole = accumulate(rows, "l2", Pass.whole(centroids))
-    parts = [accumulate(part, "l2", Pass.whole(centroids)) for part in np.array_split(rows, 7)]
+    whole = accumulate(rows, "l2", Pass.of(centroids))
+    parts = [accumulate(part, "l2", Pass.of(centroids)) for part in np.array_split(rows, 7)]
     total = Totals.zero(centroids)
     for part in reversed(parts):
         total.add(part)
@@ -80,10 +80,10 @@ def test_farthest_over_blocks(rows, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK_ROWS", 32)
     centroids = rows[:3].astype(np.float32)
     expected = np.argsort(-brute(rows, centroids).min(axis=1), kind="stable")[:6]
-    found = farthest(rows, "l2", Pass.whole(centroids[None]), 6)
+    found = farthest(rows, "l2", Pass.of(centroids[None]), 6)
     np.testing.assert_array_equal(found.rows, rows[expected])
     np.testing.assert_array_equal(found.labels, brute(rows, centroids).argmin(axis=1)[expected])
-    halves = [farthest(half, "l2", Pass.whole(centroids[None]), 6) for half in np.array_split(rows, 2)]
+    halves = [farthest(half, "l2", Pass.of(centroids[None]), 6) for half in np.array_split(rows, 2)]
     np.testing.assert_array_equal(Farthest.merge(halves, 6).rows, found.rows)
 
 
@@ -99,17 +99,17 @@ def test_a_pass_over_a_sample_is_a_pass_over_its_rows(rows):
     centroids = rows[None, :5].astype(np.float32)
     weights = np.random.default_rng(2).uniform(size=len(rows))
     here = nested_sample(len(rows), 0.3, 7)
-    part = accumulate(rows, "l2", Pass(centroids, np.array([0.3])), weights, seed=7)
-    alone = accumulate(rows[here], "l2", Pass.whole(centroids), weights[here])
+    part = accumulate(rows, "l2", Pass.of(centroids, 0.3), weights, seed=7)
+    alone = accumulate(rows[here], "l2", Pass.of(centroids), weights[here])
     np.testing.assert_array_equal(part.sums, alone.sums)
     assert part.squares == alone.squares
 
 
 def test_restarts_of_one_pass_may_look_at_different_shares(rows):
     centroids = np.stack([rows[:5], rows[5:10]]).astype(np.float32)
-    both = accumulate(rows, "l2", Pass(centroids, np.array([0.5, 1.0])), seed=1)
+    both = accumulate(rows, "l2", Pass(centroids, np.array([0.5, 1.0]), np.array([True, True])), seed=1)
     for restart, share in enumerate((0.5, 1.0)):
         here = slice(restart, restart + 1)
-        alone = accumulate(rows, "l2", Pass(centroids[here], np.array([share])), seed=1)
+        alone = accumulate(rows, "l2", Pass.of(centroids[here], share), seed=1)
         np.testing.assert_array_equal(both.sums[restart], alone.sums[0])
         np.testing.assert_array_equal(both.counts[restart], alone.counts[0])

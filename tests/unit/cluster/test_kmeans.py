@@ -196,7 +196,7 @@ def test_going_past_the_means_never_raises_the_objective_and_takes_fewer_passes(
                 metric=metric,
                 max_iterations=40,
                 tolerance=0.0,
-                steps=[lloyd_module.Step(1.0, relaxation, 0.0), lloyd_module.PLAIN],
+                steps=[lloyd_module.Step(1.0, relaxation, 0.0, exact=True), lloyd_module.PLAIN],
                 checkpoint=lambda state, seen=seen: seen.append(float(state.objective[0])),
             )
             assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(seen))
@@ -215,7 +215,7 @@ def test_the_last_update_goes_to_the_means_however_few_there_are():
         metric="l2",
         max_iterations=3,
         tolerance=0.0,
-        steps=[lloyd_module.Step(1.0, lloyd_module.RELAXATION, 0.0), lloyd_module.PLAIN],
+        steps=[lloyd_module.Step(1.0, lloyd_module.RELAXATION, 0.0, exact=True), lloyd_module.PLAIN],
         checkpoint=lambda state: reached.append(state.centroids[0].copy()),
     )
     before, last = reached[1], reached[-1]

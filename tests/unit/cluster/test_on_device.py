@@ -34,7 +34,7 @@ def small_tiles(monkeypatch):
 def test_totals_are_those_of_the_processor(rows, metric, weighted):
     weights = np.random.default_rng(1).uniform(0.5, 2, len(rows)) if weighted else None
     centroids = rows[np.random.default_rng(2).permutation(1000)[:24]].reshape(2, 12, 6).astype(np.float32)
-    wanted = Pass(centroids, np.array([1.0, 0.5]))
+    wanted = Pass(centroids, np.array([1.0, 0.5]), np.array([True, True]))
     expected = accumulate(rows, metric, wanted, weights, seed=3)
     found = DeviceKernels(CPU).accumulate(rows, metric, wanted, weights, seed=3)
     np.testing.assert_allclose(found.sums, expected.sums, rtol=1e-6)
