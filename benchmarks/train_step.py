@@ -25,6 +25,7 @@ import torch.distributed as dist
 from common import interleave, write_result
 
 from sslscale.config import PretrainConfig, RunConfig, load_config
+from sslscale.corpus import TOOLS
 from sslscale.models.export import build_backbone
 from sslscale.objectives import OBJECTIVES, build_objective
 from sslscale.objectives.base import Objective
@@ -73,7 +74,7 @@ class Ours(Trainer):
     """The real trainer, stopped and continued between turns."""
 
     def start(self) -> None:
-        self.loader = self._loader({})
+        self.loader = self._loader()
         self.batches = iter(self.loader)
 
     def run(self, steps: int) -> None:
@@ -134,7 +135,7 @@ def compare(objective: str, arguments: argparse.Namespace, data: Path) -> dict[s
     with tempfile.TemporaryDirectory() as run:
         assert config.pretrain is not None
         fit_backbone(Path(run), config.pretrain, open_shards(config.datasets["train"]))
-        ours = Ours(Path(run), config)
+        ours = Ours(Path(run), config, TOOLS)
         ours.start()
         bare = Bare(config, Path(run) / FITTED)
         seconds = interleave(

@@ -9,13 +9,17 @@ depends on its part alone, never on how many workers there are or on which resta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from sslscale.features.distance import prepare
+
+if TYPE_CHECKING:
+    from sslscale.cluster.tree import Tree
 
 BLOCK_ROWS = 4096
 TILE_ROWS, TILE_CENTROIDS = 512, 2048  # of the scores that are held at once: they fit the cache
@@ -114,24 +118,19 @@ class Totals:
 
 @dataclass
 class Pass:
-    """What one pass over the rows asks for: centroids of R restarts, how many rows each looks at, and how closely."""
+    """What one pass over the rows asks for: centroids of R restarts, how many rows each looks at, and how closely.
+
+    Where a restart has a tree of its centroids, one that is about as near as the nearest will do.
+    """
 
     centroids: np.ndarray  # (R, K, D)
     shares: np.ndarray  # (R,), the share of the rows that counts; smaller samples are part of larger ones
-    exact: np.ndarray  # (R,) bool; where it need not be, of centroids about as near either may be taken
+    trees: Sequence[Tree | None]  # R
 
     @classmethod
     def of(cls, centroids: np.ndarray, share: float = 1.0) -> Pass:
         """Exact, of the same share for all."""
-        return cls(centroids, np.full(len(centroids), share), np.ones(len(centroids), dtype=bool))
-
-
-def _finder(centroids: np.ndarray, exact: bool) -> Callable[[np.ndarray], np.ndarray]:
-    if exact:
-        return NearestCentroid(centroids)
-    from sslscale.cluster.rough import RoughNearestCentroid, has_tiles  # torch, which takes a second
-
-    return RoughNearestCentroid(centroids) if has_tiles() else NearestCentroid(centroids)
+        return cls(centroids, np.full(len(centroids), share), [None] * len(centroids))
 
 
 def nested_sample(num_rows: int, share: float, seed: int | Sequence[int]) -> np.ndarray | slice:
@@ -151,21 +150,33 @@ def accumulate(
         restarts = np.flatnonzero(wanted.shares == share)
         own = None if weights is None else weights[sample]
         dtype = np.result_type(rows.dtype, np.float32)
-        find = {
-            restart: _finder(wanted.centroids[restart].astype(dtype, copy=False), wanted.exact[restart])
-            for restart in restarts.tolist()
-        }
-        for here, x in blocks(rows, metric, sample):
-            x64 = x.astype(np.float64)
-            w = np.ones(len(x)) if own is None else own[here]
-            totals.squares[restarts] += float(w @ np.einsum("nd,nd->n", x64, x64))
+        exact = [restart for restart in restarts.tolist() if wanted.trees[restart] is None]
+        find = {r: NearestCentroid(wanted.centroids[r].astype(dtype, copy=False)) for r in exact}
+        for here, x in blocks(rows, metric, sample) if exact else ():
+            x64, w = x.astype(np.float64), np.ones(len(x)) if own is None else own[here]
+            totals.squares[exact] += squared_norm(x64, w)
             for restart, nearest in find.items():
-                labels = nearest(x)
-                present, at = np.unique(labels, return_inverse=True)  # of many clusters, a block touches few
-                members = csr_matrix((w, (at, np.arange(len(x)))), shape=(len(present), len(x)))
-                totals.sums[restart, present] += members @ x64
-                totals.counts[restart, present] += np.bincount(at, weights=w)
+                add_rows(nearest(x), x64, w, totals.sums[restart], totals.counts[restart])
+        for restart in restarts.tolist():
+            tree = wanted.trees[restart]
+            for at, x, labels in tree.assign(rows, metric, wanted.centroids[restart], sample) if tree else ():
+                x64, w = x.astype(np.float64), np.ones(len(x)) if own is None else own[at]
+                totals.squares[restart] += squared_norm(x64, w)
+                add_rows(labels, x64, w, totals.sums[restart], totals.counts[restart])
     return totals
+
+
+def squared_norm(x: np.ndarray, weights: np.ndarray) -> float:
+    """Sum of w ||x||^2 of rows (n, D) in float64."""
+    return float(weights @ np.einsum("nd,nd->n", x, x))
+
+
+def add_rows(labels: np.ndarray, x: np.ndarray, weights: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
+    """Adds rows (n, D) times their weights (n,) to the sums (K, D) of their labels, and the weights to counts (K,)."""
+    present, at = np.unique(labels, return_inverse=True)  # of many clusters, a block touches few
+    members = csr_matrix((weights, (at, np.arange(len(x)))), shape=(len(present), len(x)))
+    sums[present] += members @ x
+    counts[present] += np.bincount(at, weights=weights)
 
 
 @dataclass

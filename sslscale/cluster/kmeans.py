@@ -21,10 +21,13 @@ from sslscale.cluster.kernels import (
     accumulate,
     blocks,
     farthest,
+    nested_sample,
     squared_distances,
 )
 from sslscale.cluster.lloyd import ArrayRows, lloyd, schedule
+from sslscale.cluster.ranges import Range, add_range, by_range, find_labels, ranges, sorted_rows
 from sslscale.cluster.seeding import initial_state
+from sslscale.cluster.tree import Tree, by_group
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, sample_positions
 from sslscale.features.distance import prepare, to_distance, to_objective
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 INITS = ("k-means++", "kmeans||", "random")
 METRICS = ("l2", "cosine")
 METHODS = ("lloyd", "minibatch")
+RANGES = "ranges"  # the folder, in the stage's own, of what goes to which centroid
 
 
 class KMeans(ClusterMixin, BaseEstimator):
@@ -44,10 +48,10 @@ class KMeans(ClusterMixin, BaseEstimator):
 
     `metric` is "l2" or "cosine" (spherical k-means); `init` is "k-means++", "kmeans||", "random" or an array (K, D);
     the lowest objective of `num_init` restarts wins. `method` is "lloyd", exact from the first iteration, or
-    "minibatch", whose early iterations see growing samples, go past the means and take bf16 products where the
-    processor is made for them, if rows are many (see `lloyd.schedule`); both end with exact, plain passes over all
-    rows. Iterations end when the objective falls by at most `tolerance` of itself. Above 65536 rows `threads` share
-    the work; how many does not change the result. `device` is "cpu", "cuda" or "auto": a GPU where there is one.
+    "minibatch", whose early iterations, if rows are many, see growing samples, go past the means and compare with near
+    groups of centroids only (see `lloyd.schedule`); both end with exact, plain passes over all rows. Iterations end
+    when the objective falls by at most `tolerance` of itself. Above 65536 rows `threads` share the work; how many does
+    not change the result. `device` is "cpu", "cuda" or "auto": a GPU where there is one.
 
     Fitted: `cluster_centers_` (K, D), `labels_` int32 (N,), `n_iter_` (updates of the winner), and `inertia_`, the
     objective: the sum of squared Euclidean distances, or of 1 - cosine, to the nearest centroid, in float64.
@@ -194,6 +198,29 @@ class KMeansWorker:
             return self.on_device.accumulate(rows, self.metric, wanted, seed=part, name=part)
         return accumulate(rows, self.metric, wanted, seed=part)
 
+    def sort(self, item: tuple[int, int], wanted: Pass) -> float:
+        """Writes which rows of `(part, restart)` go to which centroid; returns the sum of their ||x||^2."""
+        part, restart = item
+        rows = self.features.block(part)
+        sample = nested_sample(len(rows), float(wanted.shares[restart]), part)
+        if self.on_device is not None:
+            labels, square = self.on_device.find_labels(rows, self.metric, wanted, restart, sample, part)
+        else:
+            labels, square = find_labels(rows, self.metric, wanted, restart, sample)
+        write_npy(self._sorted(part, restart), sorted_rows(labels, sample))
+        return square
+
+    def add_range(self, wanted: Range, broadcast: None) -> Totals:
+        """Of a range of centroids, over all parts, as `sort` has written them."""
+        parts = (
+            (self.features.block(part.number), open_npy(self._sorted(part.number, wanted.restart)))
+            for part in self.features.parts
+        )
+        return add_range(parts, self.metric, wanted)
+
+    def _sorted(self, part: int, restart: int) -> Path:
+        return self.output / RANGES / f"sorted-{part:05d}-{restart}.npy"
+
     def farthest(self, part: int, broadcast: tuple[Pass, int]) -> Farthest:
         """The part's rows that are farthest from their centroid, for `(pass of one restart, how many)`."""
         wanted, count = broadcast
@@ -212,23 +239,27 @@ class KMeansWorker:
     def partition(self, part: int, parents: np.ndarray) -> np.ndarray:
         """Writes the part's row numbers sorted by parent (P, D), and where each parent's begin; returns their sizes."""
         labels, _ = _assign(self.features.block(part), self.metric, parents, self.on_device, part)
-        order, starts = hierarchy.by_parent(labels, len(parents))
+        order, starts = by_group(labels, len(parents))
         write_npy(self.output / "hierarchy" / f"order-{part:05d}.npy", order)
         write_npy(self.output / "hierarchy" / f"starts-{part:05d}.npy", starts)
         return np.diff(starts)
 
-    def split(self, item: tuple[int, int], settings: tuple[str, int, float, int]) -> None:
-        """Writes the centroids of `(parent, number of children)`, for `(init, max_iterations, tolerance, seed)`."""
-        parent, num_children = item
-        init, max_iterations, tolerance, seed = settings
+    def rows_of(self, parent: int, broadcast: tuple[int, int]) -> np.ndarray:
+        """Prepared rows of a parent, (n, D), as `partition` has sorted them, for `(how many at most, seed)`."""
+        limit, seed = broadcast
         spans = []
         for part in self.features.parts:
             order, starts = (
                 open_npy(self.output / "hierarchy" / f"{name}-{part.number:05d}.npy") for name in ("order", "starts")
             )
             spans.append((part.number, order[starts[parent] : starts[parent + 1]]))
-        limit = hierarchy.sample_limit(num_children)
-        x = hierarchy.gather(self.features, spans, self.metric, limit, seed)
+        return hierarchy.gather(self.features, spans, self.metric, limit, seed)
+
+    def split(self, item: tuple[int, int], settings: tuple[str, int, float, int]) -> None:
+        """Writes the centroids of `(parent, number of children)`, for `(init, max_iterations, tolerance, seed)`."""
+        parent, num_children = item
+        init, max_iterations, tolerance, seed = settings
+        x = self.rows_of(parent, (hierarchy.sample_limit(num_children), seed))
         children = hierarchy.split(x, num_children, self.metric, init, max_iterations, tolerance, seed)
         write_npy(self.output / "hierarchy" / f"children-{parent:06d}.npy", children)
 
@@ -251,15 +282,19 @@ class KMeansWorker:
         probs = self.features.column(part, "cluster_probs")
         return probs.argmax(axis=1).astype(np.int32), probs.shape[1]
 
-    def assign(self, part: int, clusters: np.ndarray | hierarchy.Tree) -> dict[str, Any]:
-        """Writes the part's assignments and distances for centroids (K, D) or a tree; returns rows and objective."""
+    def assign(self, part: int, clusters: tuple[np.ndarray, Tree | None]) -> dict[str, Any]:
+        """Writes the part's assignments and distances, exact or by a tree of the centroids (K, D).
+
+        Returns how many rows it has and their objective.
+        """
+        centroids, tree = clusters
         rows = self.features.block(part)
-        if isinstance(clusters, hierarchy.Tree):
+        if tree is not None:
             labels, squared = np.empty(len(rows), dtype=np.int32), np.empty(len(rows))
-            for here, x, own in clusters.assign(rows, self.metric):
-                labels[here], squared[here] = own, squared_distances(x, clusters.centroids, own)
+            for at, x, own in tree.assign(rows, self.metric, centroids):
+                labels[at], squared[at] = own, squared_distances(x, centroids, own)
         else:
-            labels, squared = _assign(rows, self.metric, clusters, self.on_device, part)
+            labels, squared = _assign(rows, self.metric, centroids, self.on_device, part)
         return self._write(part, labels, squared)
 
     def _write(self, part: int, labels: np.ndarray, squared: np.ndarray) -> dict[str, Any]:
@@ -278,28 +313,43 @@ class PoolRows:
         self._parts = [part.number for part in features.parts]
 
     def totals(self, wanted: Pass) -> Totals:
+        if by_range(wanted.centroids):
+            return self._totals_by_range(wanted)
         total = Totals.zero(wanted.centroids)
-        for part in _in_order(self.pool.map("totals", self._parts, wanted)):
+        for part in in_order(self.pool.map("totals", self._parts, wanted)):
             total.add(part)
         return total
 
+    def _totals_by_range(self, wanted: Pass) -> Totals:
+        total = Totals.zero(wanted.centroids)
+        items = [(part, restart) for part in self._parts for restart in range(len(wanted.centroids))]
+        squares = in_order(self.pool.map("sort", items, wanted))
+        for (_, restart), square in zip(items, squares, strict=True):
+            total.squares[restart] += square
+        split = ranges(wanted.centroids)
+        for index, found in self.pool.map("add_range", split):
+            here = split[index]
+            total.sums[here.restart, here.start : here.stop] = found.sums[0]
+            total.counts[here.restart, here.start : here.stop] = found.counts[0]
+        return total
+
     def farthest(self, wanted: Pass, count: int) -> Farthest:
-        return Farthest.merge(_in_order(self.pool.map("farthest", self._parts, (wanted, count))), count)
+        return Farthest.merge(in_order(self.pool.map("farthest", self._parts, (wanted, count))), count)
 
     def drawn(self, candidates: Candidates, count: int) -> Farthest:
-        return Farthest.merge(_in_order(self.pool.map("drawn", self._parts, (candidates, count))), count)
+        return Farthest.merge(in_order(self.pool.map("drawn", self._parts, (candidates, count))), count)
 
     def weighed(self, candidates: Candidates) -> np.ndarray:
-        return np.sum(list(_in_order(self.pool.map("weighed", self._parts, candidates))), axis=0)
+        return np.sum(list(in_order(self.pool.map("weighed", self._parts, candidates))), axis=0)
 
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         ids = self.features.row_ids(sample_positions(self.num_rows, size, seed))
         items = [(int(part), ids[ids >> 32 == part] & 0xFFFFFFFF) for part in np.unique(ids >> 32)]
-        rows = np.concatenate(list(_in_order(self.pool.map("gather", items))))
+        rows = np.concatenate(list(in_order(self.pool.map("gather", items))))
         return rows, np.ones(len(rows))
 
 
-def _in_order(results: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+def in_order(results: Iterator[tuple[int, Any]]) -> Iterator[Any]:
     """Results by the order of their items; those that finish early wait."""
     waiting: dict[int, Any] = {}
     following = 0

@@ -16,6 +16,7 @@ import numpy as np
 
 from sslscale.cluster.candidates import Candidates, CandidateSearch
 from sslscale.cluster.kernels import Farthest, Pass, Totals, accumulate, farthest
+from sslscale.cluster.tree import Tree
 from sslscale.features import sample_positions
 from sslscale.features.distance import prepare
 from sslscale.features.files import replacing
@@ -41,7 +42,7 @@ class Step:
     """How iterations go: over a share of the rows, each centroid `relaxation` of the way to its rows' mean.
 
     They end where the objective falls by at most `tolerance` of itself, or by the run's own tolerance if that is more.
-    Where they need not be `exact`, rows may go to a centroid that is about as near as the nearest (see rough.py).
+    Where they need not be `exact`, rows may go to a centroid that is about as near as the nearest (see tree.py).
     """
 
     share: float
@@ -216,9 +217,9 @@ def lloyd(
     last = len(steps) - 1
     while state.active.any():
         running = np.flatnonzero(state.active)
-        now_at = [steps[step] for step in state.steps[running]]
-        shares, exact = (np.array([getattr(step, name) for step in now_at]) for name in ("share", "exact"))
-        wanted = Pass(state.centroids[running], shares, exact)
+        now_at, centroids = [steps[step] for step in state.steps[running]], state.centroids[running]
+        trees = [None if step.exact else Tree.over(own) for step, own in zip(now_at, centroids, strict=True)]
+        wanted = Pass(centroids, np.array([step.share for step in now_at]), trees)
         totals = rows.totals(wanted)
         objective = totals.objective(wanted.centroids) / wanted.shares
         for at, restart in enumerate(running):

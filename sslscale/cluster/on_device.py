@@ -81,6 +81,27 @@ class DeviceKernels:
             squared[block] = (x.double() - exact[own]).square().sum(dim=1).cpu().numpy()
         return labels, squared
 
+    def find_labels(
+        self,
+        rows: np.ndarray,
+        metric: str,
+        wanted: Pass,
+        restart: int,
+        sample: np.ndarray | slice,
+        name: Hashable = None,
+    ) -> tuple[np.ndarray, float]:
+        """As ranges.find_labels."""
+        here, find = self._bring(rows, name), _Nearest(wanted.centroids[restart], self.device)
+        if not isinstance(sample, slice):
+            here = here[torch.from_numpy(sample).to(self.device)]
+        labels, square = np.empty(len(here), dtype=np.int32), self._zeros()
+        for start in range(0, len(here), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            x = _prepare(here[block], metric)
+            labels[block] = find(x).cpu().numpy()
+            square += x.double().square().sum()
+        return labels, float(square)
+
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 

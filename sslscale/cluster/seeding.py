@@ -10,8 +10,9 @@ from sklearn.cluster import kmeans_plusplus
 from sslscale.cluster.candidates import Candidates
 from sslscale.cluster.lloyd import MIN_SAMPLE, SAMPLE_PER_CLUSTER, LloydState, Rows
 
-ROUNDS = 5  # of k-means||, each of which draws half as many candidates as there are clusters
-ROWS_PER_CLUSTER = 32  # that k-means|| looks at
+ROUNDS = 5  # of k-means||, each of which draws as many candidates as there are clusters
+ROWS_PER_CLUSTER = 32  # that k-means|| and random look at
+MATRIX_BYTES = 2**29  # of the distances between all candidates, if they are kept
 
 
 def initial_state(rows: Rows, num_clusters: int, init: str | np.ndarray, num_init: int, seed: int) -> LloydState:
@@ -24,8 +25,8 @@ def initial_state(rows: Rows, num_clusters: int, init: str | np.ndarray, num_ini
     seeds = [int(restart) for restart in np.random.SeedSequence(seed).generate_state(num_init)]
     if init == "kmeans||":
         return LloydState.start(np.stack([_kmeans_parallel(rows, num_clusters, restart) for restart in seeds]))
-    sample, weights = rows.sample(max(SAMPLE_PER_CLUSTER * num_clusters, MIN_SAMPLE), seed)
-    choose = _plusplus if init == "k-means++" else _random
+    choose, per_cluster = (_plusplus, SAMPLE_PER_CLUSTER) if init == "k-means++" else (_random, ROWS_PER_CLUSTER)
+    sample, weights = rows.sample(max(per_cluster * num_clusters, MIN_SAMPLE), seed)
     return LloydState.start(np.stack([choose(sample, weights, num_clusters, restart) for restart in seeds]))
 
 
@@ -42,13 +43,13 @@ def _kmeans_parallel(rows: Rows, num_clusters: int, seed: int) -> np.ndarray:
     """k-means|| (Bahmani et al., 2012, https://arxiv.org/abs/1203.6402): (K, D).
 
     A few rounds draw many rows each, in proportion to their squared distance to those drawn before; the candidates,
-    weighted by the rows nearest to them, are then reduced to K by k-means++. Exactly K / 2 rows a round are drawn, by
-    one pass each, where the paper draws each row by itself.
+    weighted by the rows nearest to them, are then reduced to K by k-means++. Exactly K rows a round are drawn, by one
+    pass each, where the paper draws each row by itself.
     """
     share = min(1.0, max(ROWS_PER_CLUSTER * num_clusters, MIN_SAMPLE) / rows.num_rows)
     candidates = Candidates((rows.sample(1, seed)[0],), share, seed)
     for _ in range(ROUNDS):
-        drawn = rows.drawn(candidates, -(-num_clusters // 2))
+        drawn = rows.drawn(candidates, num_clusters)
         new = drawn.rows[drawn.squared > 0]
         if not len(new):
             break
@@ -57,4 +58,37 @@ def _kmeans_parallel(rows: Rows, num_clusters: int, seed: int) -> np.ndarray:
     if len(found) < num_clusters:  # fewer distinct rows than clusters
         sample, weights = rows.sample(max(SAMPLE_PER_CLUSTER * num_clusters, MIN_SAMPLE), seed)
         return _plusplus(sample, weights, num_clusters, seed)
-    return _plusplus(found, rows.weighed(candidates), num_clusters, seed)
+    return _reduce(found, rows.weighed(candidates), num_clusters, seed)
+
+
+def _reduce(x: np.ndarray, weights: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
+    """K of the candidates x (C, D), of such weights (C,), by greedy k-means++: of 2 + log K drawn, the best each time.
+
+    A draw is in proportion to w ||x - c||^2 to the nearest chosen c; the best is the one that leaves the least of that.
+    Between few candidates all distances are computed at once, which is what makes it fast.
+    """
+    generator = np.random.default_rng(seed)
+    centred = x - np.average(x, axis=0, weights=weights).astype(x.dtype)
+    norms = np.einsum("cd,cd->c", centred, centred)
+    trials = 2 + int(np.log(num_clusters))
+
+    def squared(at: np.ndarray | slice) -> np.ndarray:
+        found = centred[at] @ centred.T
+        found *= -2
+        found += norms
+        found += norms[at, None]
+        return np.maximum(found, 0, out=found)
+
+    every = squared(slice(None)) if norms.itemsize * len(x) ** 2 <= MATRIX_BYTES else None
+    chosen = [int(generator.choice(len(x), p=weights / weights.sum()))]
+    nearest = squared(np.array(chosen))[0]
+    while len(chosen) < num_clusters:
+        nearest[chosen[-1]] = 0
+        reach = np.cumsum(weights * nearest)
+        drawn = np.searchsorted(reach, generator.random(trials) * reach[-1], side="right")
+        drawn = np.minimum(drawn, len(x) - 1)
+        left = np.minimum(nearest, squared(drawn) if every is None else every[drawn])
+        best = int(np.argmin(left @ weights))
+        chosen.append(int(drawn[best]))
+        nearest = left[best]
+    return x[chosen]

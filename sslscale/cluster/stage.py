@@ -6,28 +6,30 @@ cluster/<name>/distances/<dataset>/part-00042.npy    fp32, to the own centroid: 
 cluster/<name>/metrics.jsonl                         the objective at every iteration
 cluster/<name>/sweep/<K>.jsonl                       the same, where several numbers of clusters are tried
 
-Of result.json: `schedule`, how the k-means iterations went (see `lloyd.Step`) and what they multiplied; `sweep`, one
-line a number of clusters (see `sweep.describe`), and `num_clusters` the one chosen by `sweep.choose`; `num_parents` and
-`distances_per_row` of the hierarchical method; `noise`, the rows that hdbscan left out, which are assigned to the
-nearest centroid; `warnings` of clusters that are empty or hold nearly everything.
+Of result.json: `schedule`, how the k-means iterations went (see `lloyd.Step`); `sweep`, one line a number of clusters
+(see `sweep.describe`), and `num_clusters` the one chosen by `sweep.choose`; `num_parents` and `distances_per_row` of
+the hierarchical method; `noise`, the rows that hdbscan left out, which are assigned to the nearest centroid; `warnings`
+of clusters that are empty or hold nearly everything.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sslscale.cluster.hierarchy import Tree, child_counts, num_parents
+from sslscale.cluster.hierarchy import RESAMPLINGS, child_counts, num_parents, sample_limit, split
 from sslscale.cluster.kernels import nearest_centroid, squared_distances
-from sslscale.cluster.kmeans import KMeansWorker, PoolRows, check_num_clusters
+from sslscale.cluster.kmeans import RANGES, KMeansWorker, PoolRows, check_num_clusters, in_order
 from sslscale.cluster.lloyd import LloydState, lloyd, schedule
 from sslscale.cluster.measures import davies_bouldin, imbalance, label_measures, silhouette
 from sslscale.cluster.others import MAX_ROWS, NOISE, check_rows, fit_labels, means
 from sslscale.cluster.seeding import initial_state
 from sslscale.cluster.sweep import choose, describe
+from sslscale.cluster.tree import Tree
 from sslscale.config import ClusterConfig, RunConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features, sample_positions
@@ -92,6 +94,12 @@ def _numbers(settings: ClusterConfig, num_rows: int) -> list[int]:
             got=f"cluster.method={settings.method}, cluster.num_clusters={given}",
             fix="give one number, or set cluster.method=minibatch",
         )
+    if settings.balanced and settings.method != "hierarchical":
+        raise UserError(
+            "only hierarchical clusters are balanced",
+            got=f"cluster.method={settings.method}, cluster.balanced=true",
+            fix="set cluster.method=hierarchical, or leave balanced out",
+        )
     return numbers
 
 
@@ -128,18 +136,16 @@ def _fit_kmeans(
         chosen = choose(lines)
         sweep, name = {"sweep": lines}, stage.path / "sweep" / str(chosen)
     state = _fit(name, settings, chosen, seed, pool, features)
+    shutil.rmtree(stage.path / RANGES, ignore_errors=True)
     if sweep:
         write_atomic(stage.path / "metrics.jsonl", name.with_suffix(".jsonl").read_bytes())
     centroids = state.centroids[state.best]
     write_npy(stage.path / "centroids.npy", centroids)
     return {
         "num_clusters": chosen,
-        "objective": _assign_parts(stage, pool, features, centroids),
+        "objective": _assign_parts(stage, pool, features, (centroids, None)),
         "iterations": int(state.iterations[state.best]),
-        "schedule": [
-            {**asdict(step), "products": "fp32" if step.exact else _early_products(settings)}
-            for step in schedule(settings.method, features.num_rows, chosen)
-        ],
+        "schedule": [asdict(step) for step in schedule(settings.method, features.num_rows, chosen)],
         **sweep,
     }
 
@@ -152,8 +158,10 @@ def _fit_hierarchy(
     state = _fit(folder / "parents", settings, num_parents(numbers[0]), seed, pool, features)
     parents = state.centroids[state.best]
     parts = [part.number for part in features.parts]
+    for turn in range(RESAMPLINGS if settings.balanced else 0):
+        parents = _fit_evenly(folder / f"parents-{turn}.npy", settings, parents, seed + turn, pool, parts)
     sizes = sum(own for _, own in pool.map("partition", parts, parents))
-    counts = child_counts(sizes, numbers[0])
+    counts = child_counts(sizes, numbers[0], settings.balanced)
     used = np.flatnonzero(counts).tolist()
     files = {parent: folder / f"children-{parent:06d}.npy" for parent in used}
     missing = [(parent, int(counts[parent])) for parent in used if not files[parent].is_file()]
@@ -162,16 +170,31 @@ def _fit_hierarchy(
         for _ in pool.map("split", missing, broadcast):
             progress.advance()
     centroids = np.concatenate([open_npy(file) for file in files.values()])
-    tree = Tree(parents, centroids, np.concatenate([[0], np.cumsum(counts)]))
+    tree = Tree(parents, np.arange(len(centroids)), np.concatenate([[0], np.cumsum(counts)]))
     candidates = [len(tree.candidates(parent)) for parent in range(len(parents))]
     write_npy(stage.path / "centroids.npy", centroids)
     return {
         "num_clusters": len(centroids),
-        "objective": _assign_parts(stage, pool, features, tree),
+        "objective": _assign_parts(stage, pool, features, (centroids, tree)),
         "iterations": int(state.iterations[state.best]),
         "num_parents": len(parents),
         "distances_per_row": len(parents) + float(sizes @ candidates / sizes.sum()),
     }
+
+
+def _fit_evenly(
+    file: Path, settings: ClusterConfig, parents: np.ndarray, seed: int, pool: Pool, parts: list[int]
+) -> np.ndarray:
+    """Parents (P, D) fitted to as many rows of each of `parents`, or to all that it has; kept in `file`."""
+    if not file.is_file():
+        sizes = sum(own for _, own in pool.map("partition", parts, parents))
+        drawn = in_order(pool.map("rows_of", np.flatnonzero(sizes).tolist(), (sample_limit(1), seed)))
+        x = np.concatenate(list(drawn))
+        number = min(len(parents), len(x))
+        write_npy(
+            file, split(x, number, settings.metric, settings.init, settings.max_iterations, settings.tolerance, seed)
+        )
+    return open_npy(file)
 
 
 def _take_given(
@@ -185,16 +208,6 @@ def _take_given(
     write_npy(stage.path / "centroids.npy", centroids)
     objective = _assign_parts(stage, pool, features, centroids, "assign_given")
     return {"num_clusters": len(centroids), "objective": objective, "iterations": 0}
-
-
-def _early_products(settings: ClusterConfig) -> str:
-    """What iterations that need not be exact multiply: bf16 where the processor has tiles for it (see rough.py)."""
-    on_cpu = settings.device == "cpu" or pick_device(settings.device).type == "cpu"
-    if not on_cpu:
-        return "fp32"
-    from sslscale.cluster.rough import has_tiles
-
-    return "bf16" if has_tiles() else "fp32"
 
 
 def _warnings(sizes: np.ndarray) -> list[str]:
@@ -254,9 +267,7 @@ def _fit(
         )
 
 
-def _assign_parts(
-    stage: Stage, pool: Pool, features: FeatureSet, clusters: np.ndarray | Tree, method: str = "assign"
-) -> float:
+def _assign_parts(stage: Stage, pool: Pool, features: FeatureSet, clusters: Any, method: str = "assign") -> float:
     """Assigns the parts that are not yet, and returns the objective over all, added in their order."""
     missing = [part.number for part in features.parts if stage.part_done(str(part.number)) is None]
     with Progress("assign", total=features.num_rows, unit="rows") as progress:

@@ -255,9 +255,12 @@ class ClusterConfig(StageConfig):
     init: Literal["k-means++", "kmeans||", "random"] = "k-means++"
     method: Literal["lloyd", "minibatch", "hierarchical", "hdbscan", "gmm", "spectral", "ward", "objective"] = Field(
         "minibatch",
-        description="k-means: minibatch (early iterations on growing samples, past the means, bf16) or lloyd (plain), "
+        description="k-means: minibatch (early iterations on growing samples, rough) or lloyd (plain), "
         "or hierarchical (two levels, for very many clusters); scikit-learn's, where the samples are few; "
         "or objective: the clusters that the pretraining objective gives, as many as it has",
+    )
+    balanced: bool = Field(
+        False, description="hierarchical: clusters spread over what the rows cover, not where rows are many"
     )
     num_init: Positive = Field(5, description="restarts; the lowest objective wins")
     max_iterations: Positive = 50

@@ -2,7 +2,8 @@
 
 N vectors of D dimensions in fp16, K clusters. A flat pass multiplies every vector with every centroid; the hierarchical
 method (cluster/hierarchy.py) with sqrt(K) parents, and then with the children of the nearest few of them. The driver
-gets the float64 sums of every part, which is what ends a flat pass at very large K; centroids go out once to a node.
+gets the float64 sums of every part, or at large K once those of all parts, for which rows are read twice
+(cluster/ranges.py); centroids go out once to a node.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from sslscale.cluster.hierarchy import NEAR_PARENTS, num_parents, sample_limit
+from sslscale.cluster.hierarchy import num_parents, sample_limit
 from sslscale.cluster.kernels import BLOCK_ROWS, NearestCentroid, Pass, accumulate, blocks
 from sslscale.cluster.kmeans import check_num_clusters
+from sslscale.cluster.ranges import RANGE_BYTES
+from sslscale.cluster.tree import NEAR_GROUPS
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
 from sslscale.plan.model import RANKS, Machine
@@ -140,12 +143,12 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
     """An iteration over the parents, one over all samples that are split, and the assignment.
 
     A split looks at `sample_limit` rows a parent, sqrt(K) children each; every row is then compared with all parents
-    and with the children of NEAR_PARENTS of them.
+    and with the children of NEAR_GROUPS of them.
     """
     parents = num_parents(vectors.clusters)
     children = vectors.clusters / parents
     sample = min(vectors.rows, parents * sample_limit(math.ceil(children)))
-    candidates = parents + NEAR_PARENTS * children
+    candidates = parents + NEAR_GROUPS * children
     centroids = vectors.clusters * vectors.dim * FP32
     split = Work(
         "an iteration of the splits",
@@ -171,14 +174,15 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
 def _pass(name: str, vectors: Vectors, clusters: int) -> Work:
     centroids = clusters * vectors.dim * FP32
     sums = clusters * (vectors.dim + 1) * FP64
+    once = clusters * vectors.dim * FP64 > RANGE_BYTES
     return Work(
         name,
         flops=2 * vectors.rows * clusters * vectors.dim,
         added=ADDED * vectors.rows * vectors.dim,
-        bytes_read=vectors.bytes,
-        bytes_received=vectors.parts * sums,
+        bytes_read=(2 if once else 1) * vectors.bytes,
+        bytes_received=sums if once else vectors.parts * sums,
         bytes_sent=centroids,
-        worker_bytes=2 * centroids + sums + BLOCK_ROWS * vectors.dim * (FP16 + FP32 + FP64),
+        worker_bytes=2 * centroids + (RANGE_BYTES if once else sums) + BLOCK_ROWS * vectors.dim * (FP16 + FP32 + FP64),
     )
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sslscale.cluster import lloyd
+from sslscale.cluster import lloyd, ranges
+from sslscale.cluster.kmeans import PoolRows
 from sslscale.cluster.stage import run_cluster
 from sslscale.config import RunConfig
 from sslscale.features import FeatureStore
@@ -21,14 +22,23 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setattr(lloyd, name, value)
     generator = np.random.default_rng(0)
     centres = 3 * generator.normal(size=(CLUSTERS, DIM))
-    store = FeatureStore.create(tmp_path / "embed/train", dim=DIM, dtype="fp16", normalized=False, backbone="b")
-    records = []
-    for part in range(PARTS):
-        rows = centres[generator.integers(0, CLUSTERS, PART_ROWS)] + generator.normal(size=(PART_ROWS, DIM))
-        keys = [f"{part}-{row}" for row in range(PART_ROWS)]
-        records.append(store.write_part(part, rows, keys, ["s"] * PART_ROWS, range(PART_ROWS)))
-    store.commit(records)
+    parts = [
+        centres[generator.integers(0, CLUSTERS, PART_ROWS)] + generator.normal(size=(PART_ROWS, DIM))
+        for _ in range(PARTS)
+    ]
+    write_store(tmp_path, parts)
     return RunDir(tmp_path)
+
+
+def write_store(folder, parts):
+    store = FeatureStore.create(
+        folder / "embed/train", dim=parts[0].shape[1], dtype="fp16", normalized=False, backbone="b"
+    )
+    records = []
+    for part, rows in enumerate(parts):
+        keys = [f"{part}-{row}" for row in range(len(rows))]
+        records.append(store.write_part(part, rows, keys, ["s"] * len(rows), range(len(rows))))
+    store.commit(records)
 
 
 def config(workers, **settings):
@@ -52,6 +62,25 @@ def test_hierarchical(run):
     assert outputs(run.path / "cluster/two") == outputs(run.path / "cluster/one")
 
 
+def test_balanced_clusters_spread_over_what_the_rows_cover(tmp_path):
+    """A square whose left half has twenty times the rows of its right half."""
+    generator = np.random.default_rng(0)
+    x = generator.uniform(size=(42_000, 2)) * [1, 2] + (np.arange(42_000) >= 40_000)[:, None] * [1, 0]
+    x = x[generator.permutation(len(x))].astype(np.float32)
+    write_store(tmp_path, [x[:20_000], x[20_000:]])
+    shares, runtime = {}, make_runtime("local")
+    for balanced in (False, True):
+        settings = {"num_clusters": 100, "method": "hierarchical", "balanced": balanced, "num_init": 1}
+        folder, name = RunDir(tmp_path), f"balanced-{balanced}"
+        result = run_cluster(folder, config(1, **settings), runtime, name=name)
+        centroids = np.load(tmp_path / "cluster" / name / "centroids.npy")
+        assert len(centroids) == 100 and sum(result["sizes"]) == len(x)
+        shares[balanced] = (centroids[:, 0] > 1).mean()
+    assert shares[False] < 0.1 and shares[True] > 0.3
+    again = run_cluster(folder, config(2, **settings), runtime, name="again")
+    assert again == result and outputs(tmp_path / "cluster/again") == outputs(tmp_path / "cluster" / name)
+
+
 def test_local_workers(run):
     runtime = make_runtime("local")
     results = [run_cluster(run, config(workers), runtime, name=f"w{workers}") for workers in (1, 4)]
@@ -67,6 +96,17 @@ def test_ray_workers(run, ray_runtime):
     local = run_cluster(run, config(1), make_runtime("local"), name="local")
     assert run_cluster(run, config(2), ray_runtime, name="ray") == local
     assert outputs(run.path / "cluster/ray") == outputs(run.path / "cluster/local")
+
+
+def test_sums_by_ranges_of_centroids_are_those_by_parts(run, monkeypatch):
+    runtime = make_runtime("local")
+    expected = run_cluster(run, config(1), runtime, name="parts")
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 8 * DIM * 7)  # 7 centroids: 6 ranges a restart
+    by_range, passes = PoolRows._totals_by_range, []
+    monkeypatch.setattr(PoolRows, "_totals_by_range", lambda rows, wanted: passes.append(1) or by_range(rows, wanted))
+    assert run_cluster(run, config(2), runtime, name="ranges") == expected
+    assert len(passes) >= expected["iterations"]
+    assert outputs(run.path / "cluster/ranges") == outputs(run.path / "cluster/parts")
 
 
 class Stop(BaseException):

@@ -107,7 +107,7 @@ def test_a_pass_over_a_sample_is_a_pass_over_its_rows(rows):
 
 def test_restarts_of_one_pass_may_look_at_different_shares(rows):
     centroids = np.stack([rows[:5], rows[5:10]]).astype(np.float32)
-    both = accumulate(rows, "l2", Pass(centroids, np.array([0.5, 1.0]), np.array([True, True])), seed=1)
+    both = accumulate(rows, "l2", Pass(centroids, np.array([0.5, 1.0]), [None, None]), seed=1)
     for restart, share in enumerate((0.5, 1.0)):
         here = slice(restart, restart + 1)
         alone = accumulate(rows, "l2", Pass.of(centroids[here], share), seed=1)

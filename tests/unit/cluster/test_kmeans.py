@@ -8,7 +8,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sslscale.cluster import KMeans
 from sslscale.cluster import lloyd as lloyd_module
-from sslscale.cluster.kmeans import _in_order
+from sslscale.cluster.kmeans import in_order
 from sslscale.cluster.lloyd import ArrayRows, LloydState, lloyd, schedule
 from sslscale.cluster.seeding import initial_state
 from sslscale.errors import UserError
@@ -158,7 +158,7 @@ def test_a_restart_does_not_depend_on_its_neighbours():
 
 
 def test_results_are_reduced_in_the_order_of_their_parts():
-    assert list(_in_order(iter([(2, "c"), (0, "a"), (3, "d"), (1, "b")]))) == ["a", "b", "c", "d"]
+    assert list(in_order(iter([(2, "c"), (0, "a"), (3, "d"), (1, "b")]))) == ["a", "b", "c", "d"]
 
 
 def many_rows():

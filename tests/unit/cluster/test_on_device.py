@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from sslscale.cluster import on_device
-from sslscale.cluster.kernels import Pass, accumulate
+from sslscale.cluster.kernels import Pass, accumulate, nested_sample
 from sslscale.cluster.kmeans import _assign
 from sslscale.cluster.lloyd import ArrayRows, lloyd
 from sslscale.cluster.on_device import DeviceKernels
+from sslscale.cluster.ranges import find_labels
 from sslscale.cluster.seeding import initial_state
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def small_tiles(monkeypatch):
 def test_totals_are_those_of_the_processor(rows, metric, weighted):
     weights = np.random.default_rng(1).uniform(0.5, 2, len(rows)) if weighted else None
     centroids = rows[np.random.default_rng(2).permutation(1000)[:24]].reshape(2, 12, 6).astype(np.float32)
-    wanted = Pass(centroids, np.array([1.0, 0.5]), np.array([True, True]))
+    wanted = Pass(centroids, np.array([1.0, 0.5]), [None, None])
     expected = accumulate(rows, metric, wanted, weights, seed=3)
     found = DeviceKernels(CPU).accumulate(rows, metric, wanted, weights, seed=3)
     np.testing.assert_allclose(found.sums, expected.sums, rtol=1e-6)
@@ -42,6 +43,16 @@ def test_totals_are_those_of_the_processor(rows, metric, weighted):
     np.testing.assert_allclose(found.squares, expected.squares, rtol=1e-6)
     if metric == "l2" and not weighted:  # fp16 sums are exact in any order
         np.testing.assert_array_equal(found.sums, expected.sums)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_labels_are_those_of_the_processor(rows, share):
+    wanted = Pass.of(rows[:24].reshape(2, 12, 6).astype(np.float32), share)
+    sample = nested_sample(len(rows), share, 3)
+    expected = find_labels(rows, "l2", wanted, 1, sample)
+    found = DeviceKernels(CPU).find_labels(rows, "l2", wanted, 1, sample)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert found[1] == pytest.approx(expected[1], rel=1e-12)
 
 
 def test_assignments_are_those_of_the_processor(rows):
