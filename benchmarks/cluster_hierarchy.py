@@ -1,12 +1,11 @@
 """Hierarchical k-means against flat: SSE, distances that were computed, and how uneven the clusters are.
 
-    python benchmarks/cluster_hierarchy.py [--rows 4000000] [--clusters 65536] [--flat-iterations 3]
+    python benchmarks/cluster_hierarchy.py [--rows 4000000] [--clusters 65536] [--flat-iterations 10]
 
 HOG features of Fashion-MNIST in their 64 leading directions, expanded by noise (`features` of index_auto.py), fp16 in
 parts of 2^18. `sslscale cluster` with `method=hierarchical`, then the best flat run that is affordable here: iterations
-over all rows and all clusters that begin at the hierarchical centroids, where no start of its own could bring it, and
-that go past the means but for the last (see sslscale.cluster.lloyd). Its SSE is that of the hierarchical centroids,
-assigned exactly, at first.
+over all rows that begin at the hierarchical centroids, where no start of its own could bring it, go past the means but
+for the last, and compare with near groups of clusters (see sslscale.cluster.lloyd). Its last SSE is exact.
 
 Distances a row: hierarchical at most so many (`max_iterations` of each level, the starts and the assignment), flat by
 as many iterations as one level may have and the assignment.
@@ -88,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4_000_000)
     parser.add_argument("--clusters", type=int, default=65_536)
-    parser.add_argument("--flat-iterations", type=int, default=3)
+    parser.add_argument("--flat-iterations", type=int, default=10)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), options.rows, options.clusters, options.flat_iterations)
