@@ -92,7 +92,7 @@ def measure(features: FeatureSet, output: str, clusters: int, workers: int) -> d
 
         start = time.perf_counter()
         state = lloyd(rows, state, metric="l2", max_iterations=ITERATIONS, tolerance=0, checkpoint=checkpoint)
-        list(pool.map("assign", parts, state.centroids[0]))
+        list(pool.map("assign", parts, (state.centroids[0], None)))
         memory.done.set()
         memory.join()
     seconds = np.diff([start, *ends])

@@ -37,7 +37,7 @@ from sslscale.runtime.base import Pool
 if TYPE_CHECKING:
     from sslscale.cluster.on_device import DeviceKernels  # it imports torch
 
-INITS = ("k-means++", "kmeans||", "random")
+INITS = ("auto", "k-means++", "kmeans||", "random")
 METRICS = ("l2", "cosine")
 METHODS = ("lloyd", "minibatch")
 RANGES = "ranges"  # the folder, in the stage's own, of what goes to which centroid
@@ -46,12 +46,13 @@ RANGES = "ranges"  # the folder, in the stage's own, of what goes to which centr
 class KMeans(ClusterMixin, BaseEstimator):
     """K-means with scikit-learn's manners.
 
-    `metric` is "l2" or "cosine" (spherical k-means); `init` is "k-means++", "kmeans||", "random" or an array (K, D);
-    the lowest objective of `num_init` restarts wins. `method` is "lloyd", exact from the first iteration, or
-    "minibatch", whose early iterations, if rows are many, see growing samples, go past the means and compare with near
-    groups of centroids only (see `lloyd.schedule`); both end with exact, plain passes over all rows. Iterations end
-    when the objective falls by at most `tolerance` of itself. Above 65536 rows `threads` share the work; how many does
-    not change the result. `device` is "cpu", "cuda" or "auto": a GPU where there is one.
+    `metric` is "l2" or "cosine" (spherical k-means); `init` is "k-means++", "kmeans||", "random", "auto" (k-means++, or
+    kmeans|| for a thousand clusters and more) or an array (K, D); the lowest objective of `num_init` restarts wins.
+    `method` is "lloyd", exact from the first iteration, or "minibatch", whose early iterations, if rows are many, see
+    growing samples, go past the means and compare with near groups of centroids only (see `lloyd.schedule`); both end
+    with exact, plain passes over all rows. Iterations end when the objective falls by at most `tolerance` of itself.
+    Above 65536 rows `threads` share the work; how many does not change the result. `device` is "cpu", "cuda" or "auto":
+    a GPU where there is one.
 
     Fitted: `cluster_centers_` (K, D), `labels_` int32 (N,), `n_iter_` (updates of the winner), and `inertia_`, the
     objective: the sum of squared Euclidean distances, or of 1 - cosine, to the nearest centroid, in float64.
@@ -62,7 +63,7 @@ class KMeans(ClusterMixin, BaseEstimator):
         num_clusters: int = 8,
         *,
         metric: str = "l2",
-        init: str | np.ndarray = "k-means++",
+        init: str | np.ndarray = "auto",
         method: str = "minibatch",
         num_init: int = 1,
         max_iterations: int = 100,

@@ -31,8 +31,9 @@ MIN_SAMPLE = 16384
 CHUNK_ROWS = 65536  # of an array, that one thread adds up at a time
 
 RELAXATION = 1.6  # of early updates: how far past the mean, from where the centroid was
-# Relative falls of the objective that end the iterations on a sample, and those over all rows that go past the means.
-SAMPLE_TOLERANCE, RELAXED_TOLERANCE = 0.01, 0.001
+# Relative falls of the objective that end early iterations. On a sample of n rows means of K clusters that had nothing
+# more to learn would still differ from those of other n rows, by 2 K / n of the objective.
+CHANCE, RELAXED_TOLERANCE = 2.0, 0.001
 
 T = TypeVar("T")
 
@@ -41,8 +42,9 @@ T = TypeVar("T")
 class Step:
     """How iterations go: over a share of the rows, each centroid `relaxation` of the way to its rows' mean.
 
-    They end where the objective falls by at most `tolerance` of itself, or by the run's own tolerance if that is more.
-    Where they need not be `exact`, rows may go to a centroid that is about as near as the nearest (see tree.py).
+    They end where going to the means lowers the objective by at most `tolerance` of itself, or by the run's own
+    tolerance if that is more. Where they need not be `exact`, rows may go to a centroid that is about as near as the
+    nearest (see tree.py).
     """
 
     share: float
@@ -68,7 +70,9 @@ def schedule(method: str, num_rows: int, num_clusters: int) -> list[Step]:
     shares = [1.0]
     while shares[0] / 4 * num_rows >= max(FIRST_PER_CLUSTER * num_clusters, MIN_SAMPLE):
         shares.insert(0, shares[0] / 4)
-    samples = [Step(share, RELAXATION, SAMPLE_TOLERANCE, exact=False) for share in shares[:-1]]
+    samples = [
+        Step(share, RELAXATION, CHANCE * num_clusters / (share * num_rows), exact=False) for share in shares[:-1]
+    ]
     return [*samples, Step(1.0, RELAXATION, RELAXED_TOLERANCE, exact=False), PLAIN] if samples else [PLAIN]
 
 
@@ -210,9 +214,9 @@ def lloyd(
     """Iterates until every restart has converged in the last step, or has made `max_iterations` updates.
 
     A restart has converged when its objective falls by at most `tolerance` times itself and no cluster is empty that
-    a row could fill. An earlier step ends the same way, at its own tolerance; every restart ends with a pass
-    of the last step, so that objectives compare. `checkpoint(state)` is called after every pass; going on from a saved
-    state gives the same bits.
+    a row could fill. An earlier step ends when the update to come would lower the objective by as little, by the step's
+    own tolerance; every restart ends with a pass of the last step, so that objectives compare. `checkpoint(state)` is
+    called after every pass; going on from a saved state gives the same bits.
     """
     last = len(steps) - 1
     while state.active.any():
@@ -226,11 +230,15 @@ def lloyd(
             before, now = state.objective[restart], objective[at]
             step = state.steps[restart]
             at_last = step == last
-            enough = max(tolerance, steps[step].tolerance)
-            fell = now > 0 if np.isinf(before) else before - now > enough * before
             state.objective[restart] = now
             spent = state.iterations[restart] >= max_iterations
-            going_on = not spent and (_refill_empty(rows, totals, at, wanted) or fell)
+            filled = not spent and _refill_empty(rows, totals, at, wanted)
+            if at_last:
+                fell = now > 0 if np.isinf(before) else before - now > tolerance * before
+                going_on = not spent and (filled or fell)
+            else:
+                falls = _fall(totals, at, wanted.centroids[at], metric)
+                going_on = not spent and falls > max(tolerance, steps[step].tolerance)
             state.active[restart] = going_on or not at_last
             if not going_on and not at_last:
                 following = last if spent else step + 1
@@ -258,6 +266,14 @@ def _update(sums: np.ndarray, counts: np.ndarray, before: np.ndarray, metric: st
         if metric == "cosine":
             means = prepare(means, metric)
     return means.astype(before.dtype)
+
+
+def _fall(totals: Totals, at: int, centroids: np.ndarray, metric: str) -> float:
+    """By which share of itself the objective falls if the centroids (K, D) go to the means, and no row changes."""
+    own = Totals(totals.sums[[at]], totals.counts[[at]], totals.squares[[at]])
+    now = own.objective(centroids[None])[0]
+    means = _update(totals.sums[at], totals.counts[at], centroids, metric, 1.0)
+    return 1 - own.objective(means[None])[0] / now if now > 0 else 0.0
 
 
 def _refill_empty(rows: Rows, totals: Totals, at: int, wanted: Pass) -> bool:

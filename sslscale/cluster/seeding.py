@@ -12,16 +12,19 @@ from sslscale.cluster.lloyd import MIN_SAMPLE, SAMPLE_PER_CLUSTER, LloydState, R
 
 ROUNDS = 5  # of k-means||, each of which draws as many candidates as there are clusters
 ROWS_PER_CLUSTER = 32  # that k-means|| and random look at
+MANY_CLUSTERS = 1000  # from which on kmeans|| is as good and several times as fast
 MATRIX_BYTES = 2**29  # of the distances between all candidates, if they are kept
 
 
 def initial_state(rows: Rows, num_clusters: int, init: str | np.ndarray, num_init: int, seed: int) -> LloydState:
-    """Initial centroids: an array (K, D) as given, or rows chosen by "random", "k-means++" or "kmeans||".
+    """Initial centroids: an array (K, D) as given, or rows chosen by "random", "k-means++", "kmeans||" or "auto".
 
     k-means++ is scikit-learn's greedy variant (Arthur and Vassilvitskii, 2007), on a bounded sample in this process.
     """
     if isinstance(init, np.ndarray):
         return LloydState.start(init[None])
+    if init == "auto":
+        init = "kmeans||" if num_clusters >= MANY_CLUSTERS else "k-means++"
     seeds = [int(restart) for restart in np.random.SeedSequence(seed).generate_state(num_init)]
     if init == "kmeans||":
         return LloydState.start(np.stack([_kmeans_parallel(rows, num_clusters, restart) for restart in seeds]))

@@ -16,6 +16,7 @@ from sslscale.cluster.kernels import NearestCentroid, Pass, accumulate, blocks
 
 NEAR_GROUPS = 8
 MIN_CENTROIDS = 512  # below, all are compared in about the same time
+MAX_SHARE = 0.5  # of the centroids that a row is compared with
 GROUPING_ITERATIONS = 5  # of centroids into groups, from a random choice
 
 
@@ -49,7 +50,10 @@ class Tree:
 
     @classmethod
     def over(cls, centroids: np.ndarray) -> Tree | None:
-        """Of centroids (K, D), by a few iterations of k-means; none where they are few."""
+        """Of centroids (K, D), by a few iterations of k-means; none where they are few, or have no groups.
+
+        They have none where, as in isotropic data, most lie nearest to one: little would be left out.
+        """
         if len(centroids) < MIN_CENTROIDS:
             return None
         chosen = np.random.default_rng(0).choice(len(centroids), round(len(centroids) ** 0.5), replace=False)
@@ -58,7 +62,10 @@ class Tree:
             totals = accumulate(centroids, "l2", Pass.of(centres[None]))
             counts = totals.counts[0][:, None]
             centres = np.where(counts > 0, totals.sums[0] / np.maximum(counts, 1), centres).astype(centroids.dtype)
-        return cls(centres, *by_group(nearest_group(centroids, "l2", centres), len(centres)))
+        tree = cls(centres, *by_group(nearest_group(centroids, "l2", centres), len(centres)))
+        sizes = np.diff(tree.starts)
+        compared = sizes @ sizes[tree._near].sum(axis=1) / len(centroids)  # with a row, if rows lie as centroids do
+        return tree if compared < MAX_SHARE * len(centroids) else None
 
     def candidates(self, group: int) -> np.ndarray:
         """The centroids that rows of this group are compared with, ascending."""

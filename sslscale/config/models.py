@@ -252,7 +252,9 @@ class ClusterConfig(StageConfig):
     datasets: list[str] | None = Field(None, description="datasets that are fitted and assigned; none: all embedded")
     num_clusters: OneOrSeveral = Field(10, description="several: each is fitted and measured, and the best kept")
     metric: Literal["l2", "cosine"] = "l2"
-    init: Literal["k-means++", "kmeans||", "random"] = "k-means++"
+    init: Literal["auto", "k-means++", "kmeans||", "random"] = Field(
+        "auto", description="of k-means; auto: k-means++, and kmeans|| for a thousand clusters and more"
+    )
     method: Literal["lloyd", "minibatch", "hierarchical", "hdbscan", "gmm", "spectral", "ward", "objective"] = Field(
         "minibatch",
         description="k-means: minibatch (early iterations on growing samples, rough) or lloyd (plain), "

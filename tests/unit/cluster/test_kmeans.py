@@ -260,7 +260,7 @@ def test_threads_do_not_change_a_bit(small_scale):
     assert one.inertia_ == three.inertia_
 
 
-@pytest.mark.parametrize("init", ["k-means++", "kmeans||"])
+@pytest.mark.parametrize("init", ["auto", "k-means++", "kmeans||"])
 def test_spread_starts_beat_a_random_one(init):
     x = many_rows()
     start = {name: [KMeans(40, init=name, max_iterations=1, random_state=seed).fit(x).inertia_ for seed in range(4)]

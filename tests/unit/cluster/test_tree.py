@@ -71,3 +71,7 @@ def test_a_pass_by_a_tree_of_many_centroids_is_nearly_an_exact_one():
             labels[at] = own
         squared = brute(rows[here], centroids)[np.arange(len(labels)), labels]
         np.testing.assert_allclose(rough, weights[here] @ squared, rtol=1e-9)
+
+
+def test_centroids_without_groups_have_no_tree():
+    assert Tree.over(np.random.default_rng(0).standard_normal((600, 256), dtype=np.float32)) is None
