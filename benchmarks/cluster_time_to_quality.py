@@ -6,10 +6,11 @@ The target is an SSE over all rows of at most 1.005 times that of `faiss.Kmeans`
 sets: HOG features of Fashion-MNIST (sslscale.models.handcrafted, a random projection to 384) expanded by noise along
 their leading directions, and isotropic Gaussian rows, where nothing can be gained by looking at fewer dimensions.
 
-Ours begins by k-means||, which is in its time, the others at rows drawn at random, as they are used. `seconds_all` is a
-whole run of 25 iterations (ours: as many as its rule takes, with the final exact assignment). `seconds_to_target` is the time at which its centroids first are good enough: ours by
-evaluating every iteration's centroids outside the clock, the others by the objective that each of their iterations
-reports; scikit-learn's reports none, so its whole run counts.
+Ours begins by k-means||, which is in its time, the others at rows drawn at random, as they are used. `seconds_all` is
+a whole run of 25 iterations (ours: as many as its rule takes, with the final exact assignment). `seconds_to_target`
+is the time at which its centroids first are good enough: ours by evaluating every iteration's centroids outside the
+clock, the others by the objective that each of their iterations reports; scikit-learn's reports none, so its whole
+run counts.
 """
 
 from __future__ import annotations

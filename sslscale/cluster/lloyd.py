@@ -31,8 +31,8 @@ MIN_SAMPLE = 16384
 CHUNK_ROWS = 65536  # of an array, that one thread adds up at a time
 
 RELAXATION = 1.6  # of early updates: how far past the mean, from where the centroid was
-# Relative falls of the objective that end early iterations. The K means of n rows that are a sample differ by chance from
-# those of all rows, by K / n of the objective: what falls by less is not worth another pass over the sample.
+# Relative falls of the objective that end early iterations. The K means of a sample of n rows differ by chance from
+# those of all rows, by K / n of the objective: a fall by less is not worth another pass over the sample.
 CHANCE, RELAXED_TOLERANCE = 1.0, 0.001
 
 T = TypeVar("T")
