@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sslscale.cluster.kernels import Farthest, NearestCentroid, blocks, nested_sample, squared_distances
+from sslscale.cluster.kernels import Farthest, nested_sample, squared_distances
+from sslscale.cluster.tree import Tree, nearly_nearest
 from sslscale.features.distance import prepare
 
 
@@ -87,7 +88,7 @@ class CandidateSearch:
         seed: int | Sequence[int],
         name: Hashable,
     ) -> tuple[np.ndarray | slice, np.ndarray, _Nearest]:
-        """The rows looked at, their weights and their nearest candidates; ties go to the earliest."""
+        """The rows looked at, their weights and their nearest candidates, or about; ties go to the earliest."""
         if candidates.start != self._start:
             self._known, self._start = {}, candidates.start
         sample = nested_sample(len(rows), candidates.share, seed)
@@ -97,13 +98,11 @@ class CandidateSearch:
             nearest = _Nearest(0, np.zeros(size, dtype=np.int32), np.full(size, np.inf))
         first = sum(map(len, candidates.rounds[: nearest.rounds]))
         for own in candidates.rounds[nearest.rounds :]:
-            find = NearestCentroid(own.astype(np.result_type(rows.dtype, np.float32), copy=False))
-            for here, x in blocks(rows, metric, sample):
-                labels = find(x)
+            for at, x, labels in nearly_nearest(rows, metric, own, Tree.over(own), sample):
                 squared = squared_distances(x, own, labels)
-                closer = squared < nearest.squared[here]
-                nearest.labels[here][closer] = labels[closer] + first
-                nearest.squared[here][closer] = squared[closer]
+                closer = squared < nearest.squared[at]
+                nearest.labels[at] = np.where(closer, labels + first, nearest.labels[at])
+                nearest.squared[at] = np.where(closer, squared, nearest.squared[at])
             first += len(own)
         nearest.rounds = len(candidates.rounds)
         self._known[name] = nearest

@@ -52,7 +52,11 @@ def test_another_restart_forgets(rows):
 
 def test_each_candidate_is_compared_once(rows, monkeypatch):
     seen = []
-    original = module.NearestCentroid
-    monkeypatch.setattr(module, "NearestCentroid", lambda own: seen.append(len(own)) or original(own))
+    original = module.nearly_nearest
+    monkeypatch.setattr(
+        module,
+        "nearly_nearest",
+        lambda rows, metric, own, *rest: seen.append(len(own)) or original(rows, metric, own, *rest),
+    )
     initial_state(ArrayRows(rows, "l2"), 20, "kmeans||", 1, seed=0)
     assert seen == [1, *[20] * 5]
