@@ -66,9 +66,8 @@ def measure(folder: Path, rows: int, clusters: int, flat_iterations: int) -> dic
         setup = {"features": features.paths, "metric": "l2", "output": str(folder / "flat")}
         with runtime.pool(KMeansWorker, setup, 2, Resources(threads=1)) as pool:
             start = time.perf_counter()
-            flat = flat_from(
-                open_npy(run.path / "cluster/main/centroids.npy"), PoolRows(pool, features), flat_iterations
-            )
+            centroids = np.array(open_npy(run.path / "cluster/main/centroids.npy"))
+            flat = flat_from(centroids, PoolRows(pool, features), flat_iterations)
             flat_seconds = time.perf_counter() - start
     parents, children = result["num_parents"], clusters / result["num_parents"]
     distances = (MAX_ITERATIONS + START) * (parents + children) + result["distances_per_row"]
