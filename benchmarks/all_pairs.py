@@ -17,17 +17,17 @@ from typing import Any
 
 import faiss
 import numpy as np
-from common import write_result
+from common import PART_ROWS, write_result, write_store
 from index_auto import DATA
 from scipy.stats import spearmanr
 
 from sslscale.config import RunConfig
-from sslscale.features import FeatureStore, open_features
+from sslscale.features import open_features
 from sslscale.index.all_pairs import all_pairs
 from sslscale.rundir import RunDir
 from sslscale.runtime.base import compute_threads, make_runtime
 
-K, PART_ROWS = 10, 2**18
+K = 10
 
 
 def sgemm_rate(threads: int) -> float:
@@ -40,19 +40,9 @@ def sgemm_rate(threads: int) -> float:
         return 2 * 4096**3 / (time.perf_counter() - start)
 
 
-def write_store(path: Path, x: np.ndarray) -> None:
-    store = FeatureStore.create(path, dim=x.shape[1], dtype="fp32", normalized=False, backbone="synthetic")
-    records = []
-    for part, start in enumerate(range(0, len(x), PART_ROWS)):
-        rows = x[start : start + PART_ROWS]
-        keys = [str(start + at) for at in range(len(rows))]
-        records.append(store.write_part(part, rows, keys, ["s"] * len(rows), range(len(rows))))
-    store.commit(records)
-
-
 def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     x = DATA[name](arguments.rows, 0)
-    write_store(folder / "embed" / "train", x)
+    write_store(folder, x)
     run, threads = RunDir(folder), arguments.workers * arguments.threads
     config = RunConfig.model_validate(
         {"runtime": {"name": "local", "workers": arguments.workers, "threads": arguments.threads}}
