@@ -1,9 +1,10 @@
-"""Nodes of a Ray cluster that die, in the middle of training and of embedding. Each node is a process of its own."""
+"""Nodes of a Ray cluster that die while it trains, embeds and clusters. Each node is a process of its own."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -109,6 +110,10 @@ class Command:
         lines = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines]
 
+    def iterations(self) -> int:
+        path = self.run / "cluster" / "main" / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.is_file() else 0
+
     def samples(self) -> dict[int, list[str]]:
         return {line["step"]: line["keys"] for line in self.logged("samples.jsonl")}
 
@@ -150,6 +155,23 @@ def test_nodes_lost_in_training_and_embedding_change_nothing_where_one_is_spare(
     command.finish()
     assert command.result()["restarts"] == 1 and command.result()["world_size"] == 2
     assert command.features() == whole.features() and len(command.features()) == 50
+
+
+@pytest.mark.ray
+def test_a_node_lost_among_iterations_of_kmeans_changes_nothing(whole, nodes, data, tmp_path):
+    settings = "cluster={num_clusters: 60, init: random, method: lloyd, num_init: 10, tolerance: 0}"
+    commands = []
+    for name, where in (("one", ["--runtime", "local"]), ("lost", ["--runtime", "ray", "--address", nodes.address])):
+        shutil.copytree(whole.run / "embed", tmp_path / name / "run" / "embed")
+        commands.append(Command("cluster", tmp_path / name, data, *where, settings))
+        if name == "lost":
+            commands[-1].wait_for(lambda: commands[-1].iterations() >= 2)
+            nodes.kill_one("WorkerHost")
+            killed_at = commands[-1].iterations()
+        commands[-1].finish()
+    assert killed_at < commands[0].iterations() == commands[1].iterations()
+    one, lost = ([path.read_bytes() for path in sorted((c.run / "cluster").rglob("*.npy"))] for c in commands)
+    assert one == lost and len(one) == 1 + 2 * 50
 
 
 @pytest.mark.ray
