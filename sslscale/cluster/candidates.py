@@ -43,6 +43,7 @@ class CandidateSearch:
     def __init__(self) -> None:
         self._start: int | None = None  # whose distances are remembered
         self._known: dict[Hashable, _Nearest] = {}
+        self._trees: dict[int, Tree | None] = {}  # by round
 
     def draw(
         self,
@@ -90,15 +91,17 @@ class CandidateSearch:
     ) -> tuple[np.ndarray | slice, np.ndarray, _Nearest]:
         """The rows looked at, their weights and their nearest candidates, or about; ties go to the earliest."""
         if candidates.start != self._start:
-            self._known, self._start = {}, candidates.start
+            self._known, self._trees, self._start = {}, {}, candidates.start
         sample = nested_sample(len(rows), candidates.share, seed)
         size = len(rows) if isinstance(sample, slice) else len(sample)
         nearest = self._known.get(name) if name is not None else None
         if nearest is None:
             nearest = _Nearest(0, np.zeros(size, dtype=np.int32), np.full(size, np.inf))
         first = sum(map(len, candidates.rounds[: nearest.rounds]))
-        for own in candidates.rounds[nearest.rounds :]:
-            for at, x, labels in nearly_nearest(rows, metric, own, Tree.over(own), sample):
+        for number, own in enumerate(candidates.rounds[nearest.rounds :], nearest.rounds):
+            if number not in self._trees:
+                self._trees[number] = Tree.over(own)
+            for at, x, labels in nearly_nearest(rows, metric, own, self._trees[number], sample):
                 squared = squared_distances(x, own, labels)
                 closer = squared < nearest.squared[at]
                 nearest.labels[at] = np.where(closer, labels + first, nearest.labels[at])

@@ -31,9 +31,7 @@ MIN_SAMPLE = 16384
 CHUNK_ROWS = 65536  # of an array, that one thread adds up at a time
 
 RELAXATION = 1.6  # of early updates: how far past the mean, from where the centroid was
-# Relative falls of the objective that end early iterations. The K means of a sample of n rows differ by chance from
-# those of all rows, by K / n of the objective: a fall by less is not worth another pass over the sample.
-CHANCE, RELAXED_TOLERANCE = 1.0, 0.001
+RELAXED_TOLERANCE = 0.001  # of the iterations over all rows that go past the means
 
 T = TypeVar("T")
 
@@ -70,9 +68,9 @@ def schedule(method: str, num_rows: int, num_clusters: int) -> list[Step]:
     shares = [1.0]
     while shares[0] / 4 * num_rows >= max(FIRST_PER_CLUSTER * num_clusters, MIN_SAMPLE):
         shares.insert(0, shares[0] / 4)
-    samples = [
-        Step(share, RELAXATION, CHANCE * num_clusters / (share * num_rows), exact=False) for share in shares[:-1]
-    ]
+    # The K means of a sample of n rows differ by chance from those of all rows, by K / n of the objective: a fall by
+    # less is not worth another pass over the sample.
+    samples = [Step(share, RELAXATION, num_clusters / (share * num_rows), exact=False) for share in shares[:-1]]
     return [*samples, Step(1.0, RELAXATION, RELAXED_TOLERANCE, exact=False), PLAIN] if samples else [PLAIN]
 
 

@@ -40,8 +40,11 @@ def ranges(centroids: np.ndarray) -> list[Range]:
 
 
 def by_range(centroids: np.ndarray) -> bool:
-    """Whether the sums of centroids (R, K, D) are too large to be sent for every part."""
-    return 8 * centroids.size > RANGE_BYTES
+    """Whether the sums of one restart's centroids, of (R, K, D), are too large to be sent for every part.
+
+    Not those of all: what is rounded in a restart never depends on which others still run.
+    """
+    return 8 * centroids[0].size > RANGE_BYTES
 
 
 def find_labels(

@@ -136,7 +136,7 @@ def _fit_kmeans(
         chosen = choose(lines)
         sweep, name = {"sweep": lines}, stage.path / "sweep" / str(chosen)
     state = _fit(name, settings, chosen, seed, pool, features)
-    shutil.rmtree(stage.path / RANGES, ignore_errors=True)
+    shutil.rmtree(stage.path / RANGES, ignore_errors=True)  # scratch, and rarely there; its remains harm nothing
     if sweep:
         write_atomic(stage.path / "metrics.jsonl", name.with_suffix(".jsonl").read_bytes())
     centroids = state.centroids[state.best]
@@ -267,7 +267,13 @@ def _fit(
         )
 
 
-def _assign_parts(stage: Stage, pool: Pool, features: FeatureSet, clusters: Any, method: str = "assign") -> float:
+def _assign_parts(
+    stage: Stage,
+    pool: Pool,
+    features: FeatureSet,
+    clusters: np.ndarray | tuple[np.ndarray, Tree | None],
+    method: str = "assign",
+) -> float:
     """Assigns the parts that are not yet, and returns the objective over all, added in their order."""
     missing = [part.number for part in features.parts if stage.part_done(str(part.number)) is None]
     with Progress("assign", total=features.num_rows, unit="rows") as progress:

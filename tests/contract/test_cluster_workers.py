@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sslscale.cluster import lloyd, ranges
+from sslscale.cluster import lloyd, ranges, tree
 from sslscale.cluster.kmeans import PoolRows
 from sslscale.cluster.stage import run_cluster
 from sslscale.config import RunConfig
@@ -107,6 +107,20 @@ def test_sums_by_ranges_of_centroids_are_those_by_parts(run, monkeypatch):
     assert run_cluster(run, config(2), runtime, name="ranges") == expected
     assert len(passes) >= expected["iterations"]
     assert outputs(run.path / "cluster/ranges") == outputs(run.path / "cluster/parts")
+
+
+@pytest.mark.ray
+def test_iterations_by_groups_of_centroids(run, ray_runtime, monkeypatch):
+    monkeypatch.setattr(lloyd, "FIRST_PER_CLUSTER", 2)
+    over, trees = tree.Tree.over.__func__, []
+    monkeypatch.setattr(tree.Tree, "over", classmethod(lambda cls, own: trees.append(over(cls, own)) or trees[-1]))
+    many, local = {"num_clusters": 600}, make_runtime("local")
+    one = run_cluster(run, config(1, **many), local, name="one")
+    assert [step["exact"] for step in one["schedule"]] == [False, False, True]
+    assert sum(own is not None for own in trees) >= 10  # a start's first candidate is alone and has none
+    for name, workers, runtime in (("three", 3, local), ("ray", 2, ray_runtime)):
+        assert run_cluster(run, config(workers, **many), runtime, name=name) == one
+        assert outputs(run.path / "cluster" / name) == outputs(run.path / "cluster/one")
 
 
 class Stop(BaseException):

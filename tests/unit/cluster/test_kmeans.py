@@ -253,9 +253,10 @@ def test_a_schedule_goes_on_from_any_saved_iteration(small_scale, tmp_path):
         assert resumed.centroids.tobytes() == whole.centroids.tobytes()
 
 
-def test_threads_do_not_change_a_bit(small_scale):
+@pytest.mark.parametrize(("num_clusters", "init"), [(40, "random"), (600, "kmeans||")])
+def test_threads_do_not_change_a_bit(small_scale, num_clusters, init):
     x = many_rows()
-    one, three = (KMeans(40, threads=threads, init="random", random_state=0).fit(x) for threads in (1, 3))
+    one, three = (KMeans(num_clusters, threads=threads, init=init, random_state=0).fit(x) for threads in (1, 3))
     assert one.cluster_centers_.tobytes() == three.cluster_centers_.tobytes()
     assert one.inertia_ == three.inertia_
 
