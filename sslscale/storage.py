@@ -286,11 +286,16 @@ def refresh(path: Path) -> Path:
 
 
 def appeared(path: Path, every: float = 5.0) -> bool:
-    """Whether a file exists, for a loop that waits for it: a remote is asked at most once in `every` seconds."""
-    if remote_url(path) is not None and time.monotonic() - _polled.get(path, -every) >= every:
-        _polled[path] = time.monotonic()
-        refresh(path)
-    return path.exists()
+    """Whether a file exists, for a loop that waits for it: a remote is asked at most once in `every` seconds.
+
+    The working copy stays as it is: another thread may be writing the file that the remote has not yet.
+    """
+    if path.exists():
+        return True
+    if remote_url(path) is None or time.monotonic() - _polled.get(path, -every) < every:
+        return False
+    _polled[path] = time.monotonic()
+    return size(path) is not None
 
 
 def bring_tree(folder: Path) -> Path:

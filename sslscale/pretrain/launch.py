@@ -146,7 +146,7 @@ class _Launch:
         self.tick()
         if self._interrupted and not self._stop_told:
             self._stop_told = True
-            storage.write_atomic(self.folder / STOP, "")  # again: a rank may have seen that the store has none
+            storage.write_atomic(self.folder / STOP, "")  # the handler has made it here only
         if size < self.sizes[-1] and time.monotonic() - self._looked > _LOOK_SECONDS:
             self._looked = time.monotonic()
             grows = largest(self.sizes, size + min(self.group.spare(), self.group.room() - size)) > size

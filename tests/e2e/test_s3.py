@@ -125,7 +125,7 @@ def test_a_training_goes_on_elsewhere_from_the_last_named_checkpoint(
 
 
 def test_sigterm_saves_and_ends_with_143(s3: str, cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rank asks the store at every step, and would take back a request that is not there yet."""
+    """The rank asks the store at every step, also while the request is being written."""
     from sslscale.pretrain.loop import Trainer
 
     arguments = at(s3)

@@ -128,6 +128,16 @@ def test_a_signal_appears_and_is_taken_back(s3: str) -> None:
     assert not storage.appeared(path, every=0.0)
 
 
+def test_a_signal_that_the_remote_has_not_yet_is_kept(s3: str) -> None:
+    """A handler makes it here, another thread then publishes it: who waits for it must not take it back between."""
+    path = storage.local_path(s3) / "stop"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    assert storage.appeared(path, every=0.0)
+    storage.publish(path)
+    assert storage.size(path) == 0
+
+
 def test_metrics_are_published_now_and_then(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics(storage.local_path(s3) / "metrics.jsonl")
     metrics.append(step=1)
