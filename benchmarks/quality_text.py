@@ -78,21 +78,26 @@ def measure(x: np.ndarray, labels: np.ndarray, seed: int) -> tuple[dict[str, flo
     return {**{name: measured[name] for name in ("nmi", "ari", "acc")}, "knn": knn_accuracy(x, labels)}, assignments
 
 
-def one_seed(seed: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def shared(folder: Path) -> list[str]:
+    """What every run is told: one set of shards, and features as its last stage."""
+    return [f"pack.output={folder / 'data'}", f"datasets.train={folder / 'data' / 'train'}", *ONLY_FEATURES]
+
+
+def one_seed(
+    seed: int, arguments: argparse.Namespace, folder: Path, untrained: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, Any]:
     overrides = [*arguments.overrides, f"seed={seed}"]
     settings = load_config(str(arguments.config), overrides).pack
     assert settings is not None
     source = WordNet(settings.path, **settings.options)
     labels = np.array([label for _, label in source.rows])
-    shared = [f"pack.output={folder / 'data'}", f"datasets.train={folder / 'data' / 'train'}", *ONLY_FEATURES]
-    made = run(arguments.config, folder / f"trained-{seed}", [*shared, *overrides])
-    rows = {"trained": features_of(folder / f"trained-{seed}")}
-    if arguments.pretrained is not None:
-        pretrained = [*overrides, "pretrain=null", f"embed.backbone={arguments.pretrained}"]
-        run(arguments.config, folder / f"pretrained-{seed}", [*shared, *pretrained])
-        rows["pretrained"] = features_of(folder / f"pretrained-{seed}")
+    made = run(arguments.config, folder / f"trained-{seed}", [*shared(folder), *overrides])
     texts = [gloss.decode() for gloss, _ in source.rows]
-    rows["tf-idf + svd"] = tf_idf(texts, seed), np.arange(len(texts))
+    rows = {
+        "trained": features_of(folder / f"trained-{seed}"),
+        **untrained,
+        "tf-idf + svd": (tf_idf(texts, seed), np.arange(len(texts))),
+    }
     table, clusters = {}, {}
     for name, (x, number) in rows.items():
         table[name], clusters[name] = measure(x, labels[number], seed)
@@ -115,7 +120,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings that override the config")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        seeds = [one_seed(seed, arguments, Path(temporary)) for seed in arguments.seeds]
+        folder, untrained = Path(temporary), {}
+        if arguments.pretrained is not None:
+            given = ["pretrain=null", f"embed.backbone={arguments.pretrained}"]
+            run(arguments.config, folder / "pretrained", [*shared(folder), *arguments.overrides, *given])
+            untrained["pretrained"] = features_of(folder / "pretrained")
+        seeds = [one_seed(seed, arguments, folder, untrained) for seed in arguments.seeds]
     clusters = [seed.pop("clusters") for seed in seeds]
     agreement = [adjusted_mutual_info_score(a, b) for i, a in enumerate(clusters) for b in clusters[:i]]
     table = {
