@@ -48,7 +48,9 @@ def decode_clip(sample: dict[str, Any], frames: int, channels: int, size: int | 
         with av.open(io.BytesIO(data), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DecodeError(f"the .{extension} has no video")
-            found = [frame.to_ndarray(format=_FORMATS[channels]) for frame in _wanted(container, frames, extension)]
+            convert = av.video.reformatter.VideoReformatter().reformat  # a frame's own starts threads for each
+            wanted = _wanted(container, frames, extension)
+            found = [convert(frame, format=_FORMATS[channels], threads=1).to_ndarray() for frame in wanted]
     except av.FFmpegError as error:
         raise DecodeError(f"the .{extension} cannot be decoded: {error.strerror}") from None
     pixels = torch.from_numpy(np.stack(found))
