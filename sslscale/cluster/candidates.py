@@ -18,11 +18,14 @@ from sslscale.features.distance import prepare
 
 @dataclass(frozen=True)
 class Candidates:
-    """Rows that may become centroids, (c, D) a round; `share` of the rows is looked at; `start` names the restart."""
+    """Rows that may become centroids, (c, D) a round; `share` of the rows is looked at; `start` names the search.
+
+    It is the restart's seed and the number of clusters: other numbers of clusters are tried with the same seeds.
+    """
 
     rounds: tuple[np.ndarray, ...]
     share: float
-    start: int
+    start: tuple[int, int]
 
     def joined(self) -> np.ndarray:
         return np.concatenate(self.rounds)
@@ -41,7 +44,7 @@ class CandidateSearch:
     """Finds the nearest candidate of the rows of parts. `name` is the part's, `seed` draws its sample."""
 
     def __init__(self) -> None:
-        self._start: int | None = None  # whose distances are remembered
+        self._start: tuple[int, int] | None = None  # whose distances are remembered
         self._known: dict[Hashable, _Nearest] = {}
         self._trees: dict[int, Tree | None] = {}  # by round
 
@@ -61,7 +64,7 @@ class CandidateSearch:
         https://doi.org/10.1016/j.ipl.2005.11.003), so that the highest of several parts' are a draw from all of them.
         """
         sample, w, nearest = self._look(rows, metric, candidates, weights, seed, name)
-        generator = np.random.default_rng([candidates.start, len(candidates.rounds), *np.atleast_1d(seed)])
+        generator = np.random.default_rng([*candidates.start, len(candidates.rounds), *np.atleast_1d(seed)])
         keys = w * nearest.squared / generator.standard_exponential(len(w))
         top = np.argsort(-keys, kind="stable")[:count]
         at = top if isinstance(sample, slice) else sample[top]
