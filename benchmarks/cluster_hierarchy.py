@@ -67,7 +67,7 @@ def measure(folder: Path, rows: int, clusters: int, flat_iterations: int) -> dic
         with runtime.pool(KMeansWorker, setup, 2, Resources(threads=1)) as pool:
             start = time.perf_counter()
             centroids = np.array(open_npy(run.path / "cluster/main/centroids.npy"))
-            flat = flat_from(centroids, PoolRows(pool, features), flat_iterations)
+            flat = flat_from(centroids, PoolRows(pool, features, folder / "flat"), flat_iterations)
             flat_seconds = time.perf_counter() - start
     parents, children = result["num_parents"], clusters / result["num_parents"]
     distances = (MAX_ITERATIONS + START) * (parents + children) + result["distances_per_row"]

@@ -84,7 +84,7 @@ def measure(features: FeatureSet, output: str, clusters: int, workers: int) -> d
         memory = Memory()
         memory.start()
         time.sleep(0.2)
-        rows = PoolRows(pool, features)
+        rows = PoolRows(pool, features, Path(output))
         state = initial_state(rows, clusters, "random", 1, seed=0)
 
         def checkpoint(state: LloydState) -> None:

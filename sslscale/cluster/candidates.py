@@ -18,14 +18,15 @@ from sslscale.features.distance import prepare
 
 @dataclass(frozen=True)
 class Candidates:
-    """Rows that may become centroids, (c, D) a round; `share` of the rows is looked at; `start` names the search.
+    """Rows that may become centroids, (c, D) a round; `share` of the rows is looked at.
 
-    It is the restart's seed and the number of clusters: other numbers of clusters are tried with the same seeds.
+    `seed` is the restart's, and with `num_clusters` names it: other numbers of clusters are tried with the same seeds.
     """
 
     rounds: tuple[np.ndarray, ...]
     share: float
-    start: tuple[int, int]
+    seed: int
+    num_clusters: int
 
     def joined(self) -> np.ndarray:
         return np.concatenate(self.rounds)
@@ -44,7 +45,7 @@ class CandidateSearch:
     """Finds the nearest candidate of the rows of parts. `name` is the part's, `seed` draws its sample."""
 
     def __init__(self) -> None:
-        self._start: tuple[int, int] | None = None  # whose distances are remembered
+        self._restart: tuple[int, int] | None = None  # whose distances are remembered
         self._known: dict[Hashable, _Nearest] = {}
         self._trees: dict[int, Tree | None] = {}  # by round
 
@@ -64,7 +65,7 @@ class CandidateSearch:
         https://doi.org/10.1016/j.ipl.2005.11.003), so that the highest of several parts' are a draw from all of them.
         """
         sample, w, nearest = self._look(rows, metric, candidates, weights, seed, name)
-        generator = np.random.default_rng([*candidates.start, len(candidates.rounds), *np.atleast_1d(seed)])
+        generator = np.random.default_rng([candidates.seed, len(candidates.rounds), *np.atleast_1d(seed)])
         keys = w * nearest.squared / generator.standard_exponential(len(w))
         top = np.argsort(-keys, kind="stable")[:count]
         at = top if isinstance(sample, slice) else sample[top]
@@ -93,8 +94,9 @@ class CandidateSearch:
         name: Hashable,
     ) -> tuple[np.ndarray | slice, np.ndarray, _Nearest]:
         """The rows looked at, their weights and their nearest candidates, or about; ties go to the earliest."""
-        if candidates.start != self._start:
-            self._known, self._trees, self._start = {}, {}, candidates.start
+        restart = (candidates.seed, candidates.num_clusters)
+        if restart != self._restart:
+            self._known, self._trees, self._restart = {}, {}, restart
         sample = nested_sample(len(rows), candidates.share, seed)
         size = len(rows) if isinstance(sample, slice) else len(sample)
         nearest = self._known.get(name) if name is not None else None

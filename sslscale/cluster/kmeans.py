@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,7 @@ from sslscale.errors import UserError
 from sslscale.features import FeatureSet, sample_positions
 from sslscale.features.distance import prepare, to_distance, to_objective
 from sslscale.features.files import open_npy, write_npy
+from sslscale.rundir import discard
 from sslscale.runtime.base import Pool
 
 if TYPE_CHECKING:
@@ -40,7 +43,9 @@ if TYPE_CHECKING:
 INITS = ("auto", "k-means++", "kmeans||", "random")
 METRICS = ("l2", "cosine")
 METHODS = ("lloyd", "minibatch")
-RANGES = "ranges"  # the folder, in the stage's own, of what goes to which centroid
+# Folders of what goes to which centroid or parent. Below them is one for each pass: a name is written once, since who
+# has brought a file from another machine does not ask for it again.
+RANGES, BY_PARENT = "ranges", "hierarchy/rows"
 
 
 class KMeans(ClusterMixin, BaseEstimator):
@@ -199,28 +204,37 @@ class KMeansWorker:
             return self.on_device.accumulate(rows, self.metric, wanted, seed=part, name=part)
         return accumulate(rows, self.metric, wanted, seed=part)
 
-    def sort(self, item: tuple[int, int], wanted: Pass) -> float:
-        """Writes which rows of `(part, restart)` go to which centroid; returns the sum of their ||x||^2."""
-        part, restart = item
+    def sort(self, item: tuple[int, int], broadcast: tuple[Pass, str]) -> float:
+        """Writes which rows of `(part, restart)` go to which centroid, for `(pass, its name)`.
+
+        Returns the sum of their ||x||^2.
+        """
+        (part, restart), (wanted, name) = item, broadcast
         rows = self.features.block(part)
         sample = nested_sample(len(rows), float(wanted.shares[restart]), part)
         if self.on_device is not None:
             labels, square = self.on_device.find_labels(rows, self.metric, wanted, restart, sample, part)
         else:
             labels, square = find_labels(rows, self.metric, wanted, restart, sample)
-        write_npy(self._sorted(part, restart), sorted_rows(labels, sample))
+        folder = self._only(RANGES, name)
+        write_npy(folder / f"sorted-{part:05d}-{restart}.npy", sorted_rows(labels, sample))
         return square
 
-    def add_range(self, wanted: Range, broadcast: None) -> Totals:
+    def add_range(self, wanted: Range, name: str) -> Totals:
         """Of a range of centroids, over all parts, as `sort` has written them."""
-        parts = (
-            (self.features.block(part.number), open_npy(self._sorted(part.number, wanted.restart)))
-            for part in self.features.parts
+        files = (
+            self._only(RANGES, name) / f"sorted-{part.number:05d}-{wanted.restart}.npy" for part in self.features.parts
         )
+        parts = ((self.features.block(number), open_npy(file)) for number, file in enumerate(files))
         return add_range(parts, self.metric, wanted)
 
-    def _sorted(self, part: int, restart: int) -> Path:
-        return self.output / RANGES / f"sorted-{part:05d}-{restart}.npy"
+    def _only(self, kind: str, name: str) -> Path:
+        """The folder of a pass; this machine's files of those before are deleted."""
+        folder = self.output / kind / name
+        for other in folder.parent.glob("*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)  # another worker may be at it
+        return folder
 
     def farthest(self, part: int, broadcast: tuple[Pass, int]) -> Farthest:
         """The part's rows that are farthest from their centroid, for `(pass of one restart, how many)`."""
@@ -237,30 +251,36 @@ class KMeansWorker:
         """How many of the part's rows are nearest to each candidate."""
         return self._search.weigh(self.features.block(part), self.metric, candidates, seed=part, name=part)
 
-    def partition(self, part: int, parents: np.ndarray) -> np.ndarray:
-        """Writes the part's row numbers sorted by parent (P, D), and where each parent's begin; returns their sizes."""
+    def partition(self, part: int, broadcast: tuple[np.ndarray, str]) -> np.ndarray:
+        """Writes the part's row numbers sorted by parent, and where each parent's begin, for `(parents (P, D), name)`.
+
+        Returns their sizes (P,).
+        """
+        parents, name = broadcast
         labels, _ = _assign(self.features.block(part), self.metric, parents, self.on_device, part)
         order, starts = by_group(labels, len(parents))
-        write_npy(self.output / "hierarchy" / f"order-{part:05d}.npy", order)
-        write_npy(self.output / "hierarchy" / f"starts-{part:05d}.npy", starts)
+        folder = self._only(BY_PARENT, name)
+        write_npy(folder / f"order-{part:05d}.npy", order)
+        write_npy(folder / f"starts-{part:05d}.npy", starts)
         return np.diff(starts)
 
-    def rows_of(self, parent: int, broadcast: tuple[int, int]) -> np.ndarray:
-        """Prepared rows of a parent, (n, D), as `partition` has sorted them, for `(how many at most, seed)`."""
-        limit, seed = broadcast
-        spans = []
+    def rows_of(self, parent: int, broadcast: tuple[str, int, int]) -> np.ndarray:
+        """Prepared rows of a parent, (n, D), as `partition` has sorted them, for `(name, how many at most, seed)`."""
+        name, limit, seed = broadcast
+        folder, spans = self._only(BY_PARENT, name), []
         for part in self.features.parts:
-            order, starts = (
-                open_npy(self.output / "hierarchy" / f"{name}-{part.number:05d}.npy") for name in ("order", "starts")
-            )
+            order, starts = (open_npy(folder / f"{of}-{part.number:05d}.npy") for of in ("order", "starts"))
             spans.append((part.number, order[starts[parent] : starts[parent + 1]]))
         return hierarchy.gather(self.features, spans, self.metric, limit, seed)
 
-    def split(self, item: tuple[int, int], settings: tuple[str, int, float, int]) -> None:
-        """Writes the centroids of `(parent, number of children)`, for `(init, max_iterations, tolerance, seed)`."""
+    def split(self, item: tuple[int, int], settings: tuple[str, str, int, float, int]) -> None:
+        """Writes the centroids of `(parent, number of children)`, for `(name, init, max_iterations, tolerance, seed)`.
+
+        `name` is that of `partition`.
+        """
         parent, num_children = item
-        init, max_iterations, tolerance, seed = settings
-        x = self.rows_of(parent, (hierarchy.sample_limit(num_children), seed))
+        name, init, max_iterations, tolerance, seed = settings
+        x = self.rows_of(parent, (name, hierarchy.sample_limit(num_children), seed))
         children = hierarchy.split(x, num_children, self.metric, init, max_iterations, tolerance, seed)
         write_npy(self.output / "hierarchy" / f"children-{parent:06d}.npy", children)
 
@@ -305,11 +325,17 @@ class KMeansWorker:
         return {"rows": len(labels), "objective": to_objective(squared.sum(), self.metric)}
 
 
-class PoolRows:
-    """The rows of a feature set, held by a pool of KMeansWorker. Results are reduced in the order of the parts."""
+_passes = itertools.count()  # of this process, and so of its workers
 
-    def __init__(self, pool: Pool, features: FeatureSet) -> None:
-        self.pool, self.features = pool, features
+
+class PoolRows:
+    """The rows of a feature set, held by a pool of KMeansWorker that writes below `output`.
+
+    Results are reduced in the order of the parts.
+    """
+
+    def __init__(self, pool: Pool, features: FeatureSet, output: Path) -> None:
+        self.pool, self.features, self.output = pool, features, output
         self.num_rows = features.num_rows
         self._parts = [part.number for part in features.parts]
 
@@ -323,15 +349,17 @@ class PoolRows:
 
     def _totals_by_range(self, wanted: Pass) -> Totals:
         total = Totals.zero(wanted.centroids)
+        name = str(next(_passes))
         items = [(part, restart) for part in self._parts for restart in range(len(wanted.centroids))]
-        squares = in_order(self.pool.map("sort", items, wanted))
+        squares = in_order(self.pool.map("sort", items, (wanted, name)))
         for (_, restart), square in zip(items, squares, strict=True):
             total.squares[restart] += square
         split = ranges(wanted.centroids)
-        for index, found in self.pool.map("add_range", split):
+        for index, found in self.pool.map("add_range", split, name):
             here = split[index]
             total.sums[here.restart, here.start : here.stop] = found.sums[0]
             total.counts[here.restart, here.start : here.stop] = found.counts[0]
+        discard(self.output / RANGES / name)
         return total
 
     def farthest(self, wanted: Pass, count: int) -> Farthest:

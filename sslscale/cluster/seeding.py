@@ -50,7 +50,7 @@ def _kmeans_parallel(rows: Rows, num_clusters: int, seed: int) -> np.ndarray:
     pass each, where the paper draws each row by itself.
     """
     share = min(1.0, max(ROWS_PER_CLUSTER * num_clusters, MIN_SAMPLE) / rows.num_rows)
-    candidates = Candidates((rows.sample(1, seed)[0],), share, (seed, num_clusters))
+    candidates = Candidates((rows.sample(1, seed)[0],), share, seed, num_clusters)
     for _ in range(ROUNDS):
         drawn = rows.drawn(candidates, num_clusters)
         new = drawn.rows[drawn.squared > 0]

@@ -14,16 +14,16 @@ of clusters that are empty or hold nearly everything.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sslscale import storage
 from sslscale.cluster.hierarchy import RESAMPLINGS, child_counts, num_parents, sample_limit, split
 from sslscale.cluster.kernels import nearest_centroid, squared_distances
-from sslscale.cluster.kmeans import RANGES, KMeansWorker, PoolRows, check_num_clusters, in_order
+from sslscale.cluster.kmeans import BY_PARENT, RANGES, KMeansWorker, PoolRows, check_num_clusters, in_order
 from sslscale.cluster.lloyd import LloydState, lloyd, schedule
 from sslscale.cluster.measures import davies_bouldin, imbalance, label_measures, silhouette
 from sslscale.cluster.others import MAX_ROWS, NOISE, check_rows, fit_labels, means
@@ -35,7 +35,7 @@ from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features, sample_positions
 from sslscale.features.distance import prepare, to_distance, to_objective
 from sslscale.features.files import open_npy, write_npy
-from sslscale.rundir import Metrics, RunDir, Stage, write_atomic
+from sslscale.rundir import Metrics, RunDir, Stage, discard, write_atomic
 from sslscale.runtime.base import Pool, Resources, Runtime, compute_threads
 from sslscale.runtime.device import pick_device
 from sslscale.runtime.progress import Progress
@@ -135,8 +135,8 @@ def _fit_kmeans(
         lines = [_sweep_line(stage, settings, number, seed, pool, features) for number in numbers]
         chosen = choose(lines)
         sweep, name = {"sweep": lines}, stage.path / "sweep" / str(chosen)
-    state = _fit(name, settings, chosen, seed, pool, features)
-    shutil.rmtree(stage.path / RANGES, ignore_errors=True)  # scratch, and rarely there; its remains harm nothing
+    state = _fit(PoolRows(pool, features, stage.path), name, settings, chosen, seed)
+    discard(stage.path / RANGES)  # what a process that was killed has left
     if sweep:
         write_atomic(stage.path / "metrics.jsonl", name.with_suffix(".jsonl").read_bytes())
     centroids = state.centroids[state.best]
@@ -155,20 +155,22 @@ def _fit_hierarchy(
 ) -> dict[str, Any]:
     """Parents over all rows, their children parent by parent, and the assignment among those that are near."""
     folder = stage.path / "hierarchy"
-    state = _fit(folder / "parents", settings, num_parents(numbers[0]), seed, pool, features)
+    state = _fit(PoolRows(pool, features, stage.path), folder / "parents", settings, num_parents(numbers[0]), seed)
     parents = state.centroids[state.best]
     parts = [part.number for part in features.parts]
     for turn in range(RESAMPLINGS if settings.balanced else 0):
-        parents = _fit_evenly(folder / f"parents-{turn}.npy", settings, parents, seed + turn, pool, parts)
-    sizes = sum(own for _, own in pool.map("partition", parts, parents))
+        parents = _fit_evenly(folder / f"parents-{turn}.npy", settings, parents, seed, turn, pool, parts)
+    sizes = sum(own for _, own in pool.map("partition", parts, (parents, "all")))
     counts = child_counts(sizes, numbers[0], settings.balanced)
     used = np.flatnonzero(counts).tolist()
     files = {parent: folder / f"children-{parent:06d}.npy" for parent in used}
-    missing = [(parent, int(counts[parent])) for parent in used if not files[parent].is_file()]
+    there = set(storage.names(folder))
+    missing = [(parent, int(counts[parent])) for parent in used if files[parent].name not in there]
     with Progress("split", total=len(missing), unit="parents") as progress:
-        broadcast = (settings.init, settings.max_iterations, settings.tolerance, seed)
+        broadcast = ("all", settings.init, settings.max_iterations, settings.tolerance, seed)
         for _ in pool.map("split", missing, broadcast):
             progress.advance()
+    discard(stage.path / BY_PARENT)
     centroids = np.concatenate([open_npy(file) for file in files.values()])
     tree = Tree(parents, np.arange(len(centroids)), np.concatenate([[0], np.cumsum(counts)]))
     candidates = [len(tree.candidates(parent)) for parent in range(len(parents))]
@@ -183,12 +185,13 @@ def _fit_hierarchy(
 
 
 def _fit_evenly(
-    file: Path, settings: ClusterConfig, parents: np.ndarray, seed: int, pool: Pool, parts: list[int]
+    file: Path, settings: ClusterConfig, parents: np.ndarray, seed: int, turn: int, pool: Pool, parts: list[int]
 ) -> np.ndarray:
     """Parents (P, D) fitted to as many rows of each of `parents`, or to all that it has; kept in `file`."""
+    seed, name = seed + turn, f"turn-{turn}"
     if not file.is_file():
-        sizes = sum(own for _, own in pool.map("partition", parts, parents))
-        drawn = in_order(pool.map("rows_of", np.flatnonzero(sizes).tolist(), (sample_limit(1), seed)))
+        sizes = sum(own for _, own in pool.map("partition", parts, (parents, name)))
+        drawn = in_order(pool.map("rows_of", np.flatnonzero(sizes).tolist(), (name, sample_limit(1), seed)))
         x = np.concatenate(list(drawn))
         number = min(len(parents), len(x))
         write_npy(
@@ -224,7 +227,7 @@ def _sweep_line(
     known = stage.part_done(part)
     if known is not None:
         return known
-    state = _fit(stage.path / "sweep" / str(number), settings, number, seed, pool, features)
+    state = _fit(PoolRows(pool, features, stage.path), stage.path / "sweep" / str(number), settings, number, seed)
     at = sample_positions(features.num_rows, settings.silhouette_samples, seed)
     sample = prepare(features.take(features.row_ids(at)), settings.metric)
     objective = to_objective(state.objective[state.best], settings.metric)
@@ -233,12 +236,9 @@ def _sweep_line(
     return line
 
 
-def _fit(
-    name: Path, settings: ClusterConfig, num_clusters: int, seed: int, pool: Pool, features: FeatureSet
-) -> LloydState:
+def _fit(rows: PoolRows, name: Path, settings: ClusterConfig, num_clusters: int, seed: int) -> LloydState:
     """The iterations, each one saved in `name`.npz; goes on from there if it exists. `state` logs to metrics.jsonl."""
     path = name.with_suffix(".npz")
-    rows = PoolRows(pool, features)
     metrics = Metrics(name.with_name("metrics.jsonl") if name.name == "state" else name.with_suffix(".jsonl"))
     if path.is_file():
         state = LloydState.load(path)
@@ -262,7 +262,7 @@ def _fit(
             metric=settings.metric,
             max_iterations=settings.max_iterations,
             tolerance=settings.tolerance,
-            steps=schedule(settings.method, features.num_rows, num_clusters),
+            steps=schedule(settings.method, rows.num_rows, num_clusters),
             checkpoint=checkpoint,
         )
 

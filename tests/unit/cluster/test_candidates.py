@@ -20,7 +20,7 @@ def test_draws_are_in_proportion_to_the_squared_distance():
     x = np.repeat(np.array([[0.0], [1.0], [2.0]], dtype=np.float32), 1000, axis=0)
     counts = np.zeros(3)
     for start in range(20):
-        found = CandidateSearch().draw(x, "l2", Candidates((np.zeros((1, 1), np.float32),), 1.0, (start, 3)), 50)
+        found = CandidateSearch().draw(x, "l2", Candidates((np.zeros((1, 1), np.float32),), 1.0, start, 3), 50)
         counts += [(found.rows == value).sum() for value in (0, 1, 2)]
     assert counts[0] == 0 and counts.sum() == 1000
     assert counts[2] / counts[1] == pytest.approx(4, rel=0.25)
@@ -31,7 +31,7 @@ def test_what_is_remembered_is_what_would_be_found(rows, share):
     rounds = (rows[:1], rows[10:40], rows[50:120])
     remembers = CandidateSearch()
     for count in range(1, 4):
-        candidates = Candidates(rounds[:count], share, (7, 30))
+        candidates = Candidates(rounds[:count], share, 7, 30)
         ours = remembers.draw(rows, "l2", candidates, 20, seed=3, name="part")
         fresh = CandidateSearch().draw(rows, "l2", candidates, 20, seed=3, name="part")
         for name, value in vars(ours).items():
@@ -45,9 +45,9 @@ def test_what_is_remembered_is_what_would_be_found(rows, share):
 
 def test_another_restart_forgets(rows):
     search = CandidateSearch()
-    search.weigh(rows, "l2", Candidates((rows[:30],), 1.0, (1, 30)), name="part")
-    other = search.weigh(rows, "l2", Candidates((rows[30:60],), 1.0, (2, 30)), name="part")
-    np.testing.assert_array_equal(other, CandidateSearch().weigh(rows, "l2", Candidates((rows[30:60],), 1.0, (2, 30))))
+    search.weigh(rows, "l2", Candidates((rows[:30],), 1.0, 1, 30), name="part")
+    other = search.weigh(rows, "l2", Candidates((rows[30:60],), 1.0, 2, 30), name="part")
+    np.testing.assert_array_equal(other, CandidateSearch().weigh(rows, "l2", Candidates((rows[30:60],), 1.0, 2, 30)))
 
 
 def test_another_number_of_clusters_with_the_same_seed_forgets(rows):
