@@ -158,12 +158,13 @@ def open_shards(url: str, cache: ShardCache | None = None, limit: int | None = N
             )
     else:
         sizes = {name: _size(fs, f"{path}/{name}", url) for name in names}
-    if known is None or not known.keys() >= sizes.keys():
+    known = {name: entry for name, entry in (known or {}).items() if not _is_stale(entry, sizes.get(name))}
+    if not known.keys() >= sizes.keys():
         beside = Path(path) if names is None and _is_local(fs) else None
-        known = _make_index(folder, sizes, known or {}, cache, beside)
-    return ShardSet(
-        url, tuple(ShardInfo(name=name, url=f"{folder}/{name}", **known[name]) for name in sizes), cache, limit
-    )
+        known = _make_index(folder, sizes, known, cache, beside)
+    entries = {name: {**known[name], "bytes": size} for name, size in sizes.items()}  # as it is, not as promised
+    shards = tuple(ShardInfo(name=name, url=f"{folder}/{name}", **entry) for name, entry in entries.items())
+    return ShardSet(url, shards, cache, limit)
 
 
 def write_index(folder: Path, shards: list[dict[str, Any]]) -> None:
@@ -255,6 +256,11 @@ def _read_filtered(url: str) -> tuple[ShardInfo, ...]:
         raise UserError("the list of shards does not exist", got=url) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError("the list of shards cannot be read", got=f"{url}: {error!r}", fix="sslscale dedup") from None
+
+
+def _is_stale(entry: Mapping[str, Any], size: int | None) -> bool:
+    """Whether we counted what the shard held, and it has changed since; who wrote a hash has promised its samples."""
+    return entry["sha256"] is None and size not in (None, entry["bytes"])
 
 
 def _check_index(text: bytes, where: str) -> dict[str, dict[str, Any]]:

@@ -91,14 +91,17 @@ class TarShard:
         return sample
 
     def _file(self) -> _File:
-        try:
-            return _open(self.path, self._stamp)
-        except FileNotFoundError:
-            stamp = _stamp(self._reopen())
-            if stamp[0] != self._stamp[0]:
-                raise SampleError("the shard was replaced while it was being read") from None
-            self._stamp = stamp
-            return _open(self.path, stamp)
+        """The file that was indexed; where it can be made anew, as good: another copy of the same size."""
+        while True:
+            try:
+                return _open(self.path, self._stamp)
+            except (FileNotFoundError, SampleError):
+                if self._again is None:
+                    raise
+                stamp = _stamp(self._reopen())
+                if stamp[0] != self._stamp[0]:
+                    raise
+                self._stamp = stamp
 
     def _reopen(self) -> _File:
         """The file, made again as often as others delete it."""

@@ -8,7 +8,7 @@ import pytest
 
 from sslscale.errors import UserError
 from sslscale.shards.cache import ShardCache
-from sslscale.shards.dataset import open_shards
+from sslscale.shards.dataset import open_shards, write_index
 
 
 def test_one_pass_makes_shards_json_and_later_calls_read_it(make_shards):
@@ -63,6 +63,25 @@ def test_damage_without_a_promise_counts_as_one_lost_sample(make_shards):
     folder = make_shards([3])
     (folder / "train-00001.tar").touch()
     assert open_shards(str(folder)).counts.tolist() == [3, 1]
+
+
+def test_a_shard_that_has_changed_since_it_was_counted_is_counted_again(make_shards):
+    folder = make_shards([3, 5])
+    before = open_shards(str(folder))
+    make_shards([3, 70])
+    after = open_shards(str(folder))
+    assert after.counts.tolist() == [3, 70] and after.fingerprint != before.fingerprint
+
+
+def test_a_promise_stays_where_a_shard_is_cut_off(make_shards):
+    folder = make_shards([3])
+    tar = folder / "train-00000.tar"
+    write_index(folder, [{"name": tar.name, "samples": 3, "bytes": tar.stat().st_size, "sha256": "0"}])
+    before = open_shards(str(folder))
+    tar.write_bytes(tar.read_bytes()[:1500])
+    after = open_shards(str(folder))
+    assert after.counts.tolist() == [3] and after.shards[0].bytes == 1500
+    assert after.fingerprint != before.fingerprint
 
 
 @pytest.mark.parametrize(

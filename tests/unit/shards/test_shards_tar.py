@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from sslscale.shards.tar import SampleError, TarShard
+from sslscale.shards.tar import SampleError, TarShard, _open
 
 SKIPPED = [("README", b"x"), ("__m__/x.json", b"1")]
 PLAIN = [("a/0.png", b"zero"), ("a/0.cls", b"0"), ("a/1.PNG", b"one"), ("b.x/2.seg.png", b"two"), ("b.x/2.json", b"{}")]
@@ -125,6 +125,16 @@ def test_a_file_cut_off_after_opening_fails_the_sample(tmp_path, write_tar):
 def test_a_file_replaced_after_opening_fails_the_sample(tmp_path, write_tar):
     shard = TarShard(write_tar(tmp_path / "s.tar", [("a.png", b"a")]))
     write_tar(tmp_path / "new.tar", [("a.png", b"b")]).replace(shard.path)
+    with pytest.raises(SampleError, match="replaced"):
+        shard.read(0)
+
+
+def test_another_copy_of_a_file_that_can_be_made_anew_is_as_good(tmp_path, write_tar):
+    shard = TarShard(write_tar(tmp_path / "s.tar", [("a.png", b"a")]), again=lambda: None)
+    write_tar(tmp_path / "new.tar", [("a.png", b"a")]).replace(shard.path)
+    assert shard.read(0)["png"] == b"a"
+    write_tar(tmp_path / "new.tar", [("a.png", b"a" * 50_000)]).replace(shard.path)
+    _open.cache_clear()
     with pytest.raises(SampleError, match="replaced"):
         shard.read(0)
 
