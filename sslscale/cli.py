@@ -125,7 +125,7 @@ def search(
     from sslscale.rundir import RunDir
     from sslscale.runtime.base import make_runtime
 
-    held = RunDir(run).pull()
+    held = RunDir.reading(run)
     if queries is not None:
         with closing(make_runtime(runtime, address=address, verbose=verbose)) as pools:
             found = search_shards(
@@ -273,7 +273,7 @@ def features_info(
     from sslscale.index.export import describe_features
     from sslscale.rundir import RunDir
 
-    described = describe_features(RunDir(run).pull())
+    described = describe_features(RunDir.reading(run))
     if as_json:
         _print_json(described)
         return

@@ -194,13 +194,24 @@ class RunDir:
         """Called when a stage is accepted that is not done: from then on this command changes the run."""
         self._lease: Lease | None = None
 
+    @classmethod
+    def reading(cls, location: str | Path) -> RunDir:
+        """The run as it is now, for who does not hold it.
+
+        A URL has a working copy of its own for readers: in the other one may lie what a process at work on this machine
+        has not published yet.
+        """
+        run = cls(location)
+        run.path = storage.local_path(location, "reading")
+        return run.pull()
+
     def __enter__(self) -> RunDir:
         self._lease = Lease(self.path)
         self._lease.acquire()
         return self.pull()
 
     def pull(self) -> RunDir:
-        """Brings the working copy up to date, for readers; holding the directory does so as well."""
+        """Brings the working copy up to date, as holding the directory does; see `reading` for who does not."""
         storage.pull(self.path)
         return self
 

@@ -60,7 +60,7 @@ class RunStatus:
 
 def run_status(location: str) -> RunStatus:
     """The status of the run at a path or URL. UserError where there is none."""
-    run = RunDir(location).pull()
+    run = RunDir.reading(location)
     manifest = run.path / "manifest.json"
     if not manifest.is_file():
         raise UserError("there is no run here", got=location, fix="give the folder or URL that --run named")

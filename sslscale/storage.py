@@ -69,14 +69,14 @@ _count_lock = threading.Lock()
 # ------------------------------------------------------------------ paths and filesystems
 
 
-def local_path(location: str | Path) -> Path:
-    """The folder that `location` is worked on in: a path itself, the working copy of a URL."""
+def local_path(location: str | Path, copy: str = "") -> Path:
+    """The folder that `location` is worked on in: a path itself, the working copy of a URL, or another of that name."""
     text = str(location)
     if "://" not in text:
         return Path(text).expanduser().absolute()
     protocol, _, rest = text.partition("://")
     folder = f"sslscale-{os.getuid()}" if hasattr(os, "getuid") else "sslscale"
-    return Path(tempfile.gettempdir(), folder, _MARK, protocol, *PurePosixPath("/" + rest).parts[1:])
+    return Path(tempfile.gettempdir(), folder, copy, _MARK, protocol, *PurePosixPath("/" + rest).parts[1:])
 
 
 def remote_url(path: Path) -> str | None:

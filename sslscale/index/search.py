@@ -43,7 +43,7 @@ class Index:
 
         UserError if there is none, or if the run's features are others by now; StageError if a file is cut off.
         """
-        run = run if isinstance(run, RunDir) else RunDir(run).pull()
+        run = run if isinstance(run, RunDir) else RunDir.reading(run)
         record = IndexRecord.open(run, name)
         features = open_features(run, record.result["datasets"])
         record.numbers(features)

@@ -90,6 +90,17 @@ def test_another_machine_sees_the_run(s3: str) -> None:
     assert not storage.bring(run / "embed" / "train" / "part-00001.npy").exists()
 
 
+def test_a_reader_leaves_alone_what_is_not_published_yet(s3: str) -> None:
+    run = storage.local_path(s3)
+    write_json(run / "manifest.json", 1)
+    unfinished = _parent(run / "embed" / "part-00000.npy")
+    unfinished.write_bytes(b"half")
+    reading = RunDir.reading(s3)
+    assert read_json(reading.path / "manifest.json") == 1
+    assert storage.shown(reading.path) == s3
+    assert unfinished.read_bytes() == b"half"
+
+
 def test_folders_that_other_clients_write_are_no_files(s3: str) -> None:
     fs, root = storage.filesystem(s3)
     for name in ("run/", "run/embed/"):
