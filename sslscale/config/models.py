@@ -166,7 +166,7 @@ class PretrainConfig(StageConfig):
     trace_samples: Annotated[bool, not_identity] = Field(
         False, description="write the keys of every global batch to pretrain/samples.jsonl"
     )
-    max_failed_share: Fraction = 0.01
+    max_failed_share: Annotated[Fraction, not_identity] = 0.01
     probe: ProbeConfig | None = None
     collapse: Annotated[CollapseConfig | None, not_identity] = Field(default_factory=CollapseConfig)
 
@@ -180,6 +180,9 @@ class PretrainConfig(StageConfig):
             raise ValueError(f"num_streams ({self.num_streams}) must divide global_batch ({self.global_batch})")
         if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.precision == "fp16" and self.zero_stage:
+            # DeepSpeed's ZeRO clips gradients that are still scaled, and its loss scale never falls after a bad step.
+            raise ValueError("precision fp16 needs zero_stage 0; bf16 goes with every stage")
         if not self.world_sizes:
             raise ValueError(f"num_workers ({self.num_workers}) must divide num_streams ({self.num_streams})")
         return self
@@ -219,7 +222,7 @@ class EmbedConfig(StageConfig):
     compile: bool = Field(False, description="torch.compile the backbone")
     decode_threads: Annotated[int, not_identity] = Field(1, ge=0, description="beside the backbone; 0: in its thread")
     device: Annotated[Literal["auto", "cpu", "cuda"], not_identity] = "auto"
-    max_failed_share: Fraction = 0.01
+    max_failed_share: Annotated[Fraction, not_identity] = 0.01
 
 
 class IndexConfig(StageConfig):

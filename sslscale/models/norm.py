@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslscale.models.collectives import world_size
 
@@ -109,6 +110,12 @@ _GATHERED: dict[type, type] = {
     nn.BatchNorm2d: GatheredBatchNorm2d,
     BatchNormAct2d: GatheredBatchNormAct2d,
 }
+
+
+def statistics(module: nn.Module) -> list[Tensor]:
+    """What a forward pass in training mode writes: the running moments of every BatchNorm in `module`."""
+    found = (child for child in module.modules() if isinstance(child, _BatchNorm))
+    return [buffer for child in found for buffer in child.buffers(recurse=False)]
 
 
 def gather_batch_norm(module: nn.Module) -> nn.Module:

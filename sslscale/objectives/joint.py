@@ -120,6 +120,10 @@ class Joint(Objective):
         for term in self.parts:
             term.after_step(progress)
 
+    def statistics(self) -> list[Tensor]:
+        found = [*super().statistics(), *(tensor for term in self.parts for tensor in term.statistics())]
+        return list({id(tensor): tensor for tensor in found}.values())
+
     def slow_state(self) -> dict[str, Any]:
         own = {name: value for name, value in super().slow_state().items() if not name.startswith("terms.")}
         return {"own": own, "terms": {str(at): term.slow_state() for at, term in enumerate(self.parts)}}

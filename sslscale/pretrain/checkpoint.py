@@ -12,6 +12,7 @@ In a run at a URL a checkpoint is uploaded beside the training, and named once i
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,15 +71,26 @@ class Checkpoints:
 
         Raises StageError on every rank where one could not write; what the list names is as it was.
         """
-        name = f"step-{state.step:08d}"
-        folder = self.folder / "checkpoints" / name
         self.settle()
+        name = self._free_name(f"step-{state.step:08d}")
+        folder = self.folder / "checkpoints" / name
         self._raise_together(self._make(folder), folder)
         self._raise_together(self._write(engine, folder, size), folder)
         world = {"world_size": engine.world_size, "zero_stage": engine.zero_stage}
         entry = {"name": name, **world, "state": state.to_json()}
         self._upload = Upload(folder, lambda: self._commit(entry))
         dist.barrier()
+
+    def _free_name(self, name: str) -> str:
+        """One that the list has not: a step may be saved again, and what was saved first is not lost meanwhile."""
+        free: list[str] = []
+        if dist.get_rank() == 0:
+            taken = {entry["name"] for entry in self.entries()}
+            names = (f"{name}-{again}" if again else name for again in itertools.count())
+            free = [next(one for one in names if one not in taken)]
+        shared: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(shared, free)
+        return shared[0][0]
 
     def settle(self) -> None:
         """Waits until this rank's part of the last checkpoint is up, and, on rank 0, until it is named."""
@@ -134,7 +146,8 @@ class Checkpoints:
 
     def _commit(self, entry: dict[str, Any]) -> None:
         """Names a checkpoint whose files are all there, then removes those that are named no more."""
-        kept = self._kept([*self.entries(), entry])
+        others = [known for known in self.entries() if known["state"]["step"] != entry["state"]["step"]]
+        kept = self._kept([*others, entry])
         try:
             write_json(self.list_path, {"format_version": FORMAT_VERSION, "checkpoints": kept})
         except OSError:  # a full disk: what nothing names only fills it more

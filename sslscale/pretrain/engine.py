@@ -98,6 +98,7 @@ class Engine:
         )
         self._engine.checkpoint_engine.save = self._write
         self._engine._copy_recovery_script = lambda folder: None  # scripts that `backbone/` spares a reader
+        self._statistics = objective.statistics()  # now, since DeepSpeed may have moved them
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._bad_in_a_row = 0
         self.bad_steps = 0
@@ -129,6 +130,7 @@ class Engine:
         lr = set_schedules(self._engine.optimizer.param_groups, self.config.optimizer, step, self.total_steps)
         sums: dict[str, Tensor] = {}
         self._bad.zero_()
+        before = [tensor.clone() for tensor in self._statistics]
         for batch in batches:
             metrics = self._engine(batch)
             loss = metrics["loss"]
@@ -145,6 +147,9 @@ class Engine:
         finite = values[-1] == 0.0
         self._optimizer.skip = not finite
         self._engine.step()
+        if not finite:
+            for tensor, value in zip(self._statistics, before, strict=True):
+                tensor.copy_(value)
         self._count(finite, values[names.index("loss")], step)
         return StepResult({**dict(zip(names, values, strict=False)), "lr": lr}, applied=finite, stop=values[-2] > 0)
 

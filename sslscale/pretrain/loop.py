@@ -123,6 +123,7 @@ class Trainer:
         resized = self.checkpoints.resized(self.config)
         self.engine = Engine(objective, self.config, self.total_steps, self.device, universal=resized)
         self.state = self.checkpoints.load_last(self.engine) or TrainState(seconds=prepared)
+        self.engine.bad_steps = self.state.bad_steps
         self.metrics = Metrics(folder / "metrics.jsonl") if self.rank == 0 else None
         self.traced = Metrics(folder / "samples.jsonl") if self.rank == 0 and self.config.trace_samples else None
         self.evaluator = Evaluator(config, self.shards, backbone.reader(channels, input_size), self.device)
@@ -359,7 +360,7 @@ class Trainer:
                 "pretrain: too many samples failed",
                 got=f"{len(self.failures)} of {self.shards.num_samples} ({share:.2%})",
                 allowed=f"at most {self.config.max_failed_share:.2%} (pretrain.max_failed_share)",
-                fix=f"read the reasons in {self.folder / 'failed'}",
+                fix=f"read the reasons in {self.folder / 'failed'}, or raise pretrain.max_failed_share",
             )
         if self.rank == 0:
             board.close()

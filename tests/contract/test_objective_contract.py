@@ -130,16 +130,20 @@ def test_outputs_have_features_of_the_backbones_width(name):
         torch.testing.assert_close(outputs["cluster_probs"].sum(dim=1), torch.ones(GLOBAL_BATCH))
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
-    objective = build("rotation")
-    engine = Engine(objective, pretrain_config("rotation", max_bad_steps=3), 10, torch.device("cpu"))
+@pytest.mark.parametrize("name", ["rotation", "byol"])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(name):
+    objective = build(name)
+    engine = Engine(objective, pretrain_config(name, max_bad_steps=3), 10, torch.device("cpu"))
     good = batch(objective, 0, GLOBAL_BATCH)
     engine.step([good], 0)
-    before = {key: p.detach().clone() for key, p in objective.named_parameters()}
-    poisoned = Batch({**good.views, "view": torch.full_like(good["view"], float("nan"))}, good.random, good.ids)
+    before = {key: p.detach().clone() for key, p in objective.named_parameters()} | flat(objective.slow_state())
+    assert any("running_mean" in key for key in before)
+    views = {key: view * float("nan") if view.is_floating_point() else view for key, view in good.views.items()}
+    poisoned = Batch(views, good.random, good.ids)
     for step in (1, 2):
         assert not engine.step([poisoned], step).applied
-    assert all(torch.equal(before[key], p) for key, p in objective.named_parameters())
+    after = dict(objective.named_parameters()) | flat(objective.slow_state())
+    assert all(torch.equal(before[key], value) for key, value in after.items())
     assert engine.bad_steps == 2
     from sslscale.errors import StageError
 

@@ -159,6 +159,7 @@ def test_more_failures_than_allowed_end_with_1(own_backbone, tmp_path, cli):
     outcome = embed(cli, own_backbone, tmp_path / "shards", "embed.max_failed_share=0.25")
     refused(outcome, 1, "1 of 2", "max_failed_share")
     assert not (own_backbone / "embed" / "train" / "features.json").exists()
+    assert embed(cli, own_backbone, tmp_path / "shards", "embed.max_failed_share=0.5").code == 0, "as it advises"
 
 
 def test_features_that_are_not_finite_never_enter_the_store(tmp_path, cli, monkeypatch):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, small_run
 
 from sslscale.config import PackConfig
+from sslscale.pretrain.checkpoint import Checkpoints
 from sslscale.shards.write import run_pack
 
 STEPS, SPARE_BYTES = 40, 64_000  # enough for a line in a log, too little for a checkpoint
@@ -87,3 +90,21 @@ def test_a_checkpoint_into_a_full_disk_says_so_and_the_last_one_is_good(small_di
     assert second.returncode == 0, error
     result = json.loads((run / "pretrain" / "result.json").read_text())
     assert result["resumed_at_step"] == int(kept[-1].removeprefix("step-")) and result["steps"] == STEPS
+
+
+def test_the_last_step_saved_again_never_takes_the_named_checkpoint_away(trained, tmp_path, cli, monkeypatch):
+    """A rerun of a training that had saved its last step, but not written its result, and now meets a full disk."""
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run" / "pretrain", run / "pretrain")
+    (run / "pretrain" / "result.json").unlink()
+    arguments = ["pretrain", *small_run(trained), "--run", str(run), "--runtime", "local", "pretrain.num_workers=1"]
+    before = checkpoints(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_write", staticmethod(lambda engine, folder, size: OSError(ENOSPC, "no space")))
+        assert cli(*arguments, "pretrain.max_restarts=0").code == 1
+    assert checkpoints(run) == before and all((run / "pretrain/checkpoints" / name).is_dir() for name in before)
+    assert cli(*arguments).code == 0
+    after = json.loads((run / "pretrain" / "checkpoints.json").read_text())["checkpoints"]
+    steps = [entry["state"]["step"] for entry in after]
+    assert len(steps) == len(before) and len(set(steps)) == len(steps)
+    assert {path.name for path in (run / "pretrain/checkpoints").iterdir()} == {entry["name"] for entry in after}

@@ -60,6 +60,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("cluster: {num_clusters: many}", [], ["'cluster.num_clusters'", "'many'", "valid integer"]),
         ("cluster: {num_clusters: 0}", [], ["'cluster.num_clusters'", "greater than or equal to 1"]),
         ("pretrain: {zero_stage: 4}", [], ["'pretrain.zero_stage'", "0, 1, 2 or 3"]),
+        ("pretrain: {precision: fp16}", [], ["fp16 needs zero_stage 0"]),
         ("pack: {output: x}", [], ["'pack.source' is missing"]),
         ("cluster: {num_clusters: 0, nmu_init: 1}", [], ["1 more wrong setting"]),
         ("- 1\n- 2", [], ["a mapping of sections"]),
