@@ -124,15 +124,22 @@ def run_stages(
         config.runtime.name, address=config.runtime.address, max_retries=config.runtime.max_retries, verbose=verbose
     )
     results: dict[str, Any] = {}
+    changed = False
+
+    def begin() -> None:
+        nonlocal changed
+        changed = True
+        _record_start(run, config, command)
+
     with RunDir(config.run) as run, _sigterm_interrupts():
-        run.on_start = lambda: _record_start(run, config, command)
+        run.on_start = begin
         try:
             for stage in stages:
                 results[stage] = STAGES[stage](run, config, runtime, overwrite, name)
                 run.record(counts={stage: _counts(results[stage])})
         except BaseException as error:
             refused = isinstance(error, UserError) and error.exit_code == EXIT_USAGE
-            if not refused:  # what is refused leaves the run as it was
+            if changed or not refused:  # what is refused at once leaves the run as it was
                 stopped = isinstance(error, Interrupted | KeyboardInterrupt)
                 with contextlib.suppress(OSError):  # a full disk must not hide what it led to
                     run.record(status="interrupted" if stopped else "failed")

@@ -162,6 +162,26 @@ def test_more_failures_than_allowed_end_with_1(own_backbone, tmp_path, cli):
     assert embed(cli, own_backbone, tmp_path / "shards", "embed.max_failed_share=0.5").code == 0, "as it advises"
 
 
+def test_a_run_whose_later_stage_is_refused_has_failed(own_backbone, tmp_path, cli):
+    write_tar(tmp_path / "shards" / "a.tar", [("a.png", png(1)), ("b.png", png(2))])
+    without = [f"{stage}=null" for stage in ("pack", "pretrain", "index", "anomaly", "report")]
+    outcome = cli(
+        *(
+            "run",
+            "-c",
+            QUICKSTART,
+            "--run",
+            own_backbone,
+            "--runtime",
+            "local",
+            f"datasets.train={tmp_path / 'shards'}",
+        ),
+        *("cluster.num_clusters=99", "baselines=[]", *without),
+    )
+    refused(outcome, 2, "more clusters than samples")
+    assert json.loads((own_backbone / "manifest.json").read_text())["status"] == "failed"
+
+
 def test_features_that_are_not_finite_never_enter_the_store(tmp_path, cli, monkeypatch):
     module = tmp_path / "modules" / "planted_backbone.py"
     module.parent.mkdir()
