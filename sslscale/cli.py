@@ -154,7 +154,7 @@ def delete(
     from sslscale.rundir import RunDir
 
     with RunDir(run) as held:
-        deleted = Index.open(held, name).delete(keys.read_text().split(), dataset)
+        deleted = Index.open(held, name).delete([key for key in keys.read_text().splitlines() if key], dataset)
     typer.echo(f"{deleted:,} deleted from index {name}")
 
 

@@ -23,7 +23,7 @@ from sslscale.index.merge import merge_files, merge_rows
 from sslscale.index.plan import IndexPlan, plan_index
 from sslscale.index.record import IndexedPart, IndexRecord, indexed_parts, write_parts
 from sslscale.index.shard import BuildWorker, Group, prepared, shard_record, write_index
-from sslscale.rundir import RunDir, Stage, hash_json, read_json
+from sslscale.rundir import RunDir, Stage, discard, hash_json, read_json
 from sslscale.runtime.base import Resources, Runtime, compute_threads
 from sslscale.runtime.progress import Progress
 
@@ -41,13 +41,12 @@ def run_index(
     use_gpus(settings.device)
     features = open_features(run, settings.datasets)
     plan = plan_index(settings, features.num_rows, features.dim)
-    stage = run.open_stage(
-        "index",
-        name,
-        {**settings.identity(), "seed": config.seed, "threads": config.runtime.threads},
-        {"backbone": features.backbone},
-        overwrite=overwrite,
-    )
+    identity = {**settings.identity(), "seed": config.seed, "threads": config.runtime.threads}
+    parents = {"backbone": features.backbone}
+    stage = run.open_stage("index", name, identity, parents, overwrite=overwrite)
+    if overwrite and stage.done and set(IndexRecord(stage.path, stage.result).parts) - set(indexed_parts(features)):
+        discard(stage.path)  # of features that were embedded again since
+        stage = run.open_stage("index", name, identity, parents)
     builder = _Builder(stage, settings, config.seed, config.runtime.threads, config.runtime.workers, runtime, features)
     if not stage.done:
         plan.announce(features.num_rows, features.dim)
@@ -112,7 +111,7 @@ class _Builder:
     def extended(self, record: IndexRecord, new: Sequence[IndexedPart]) -> dict[str, Any]:
         """Adds parts to an index: in shards of their own, or, to a graph, in place of the whole."""
         result, parts = record.result, [*record.parts, *new]
-        state = {**result, "state": result["state"] + 1}
+        state = {**result, "datasets": list(self.features.stores), "state": result["state"] + 1}
         if result["layout"] == "sharded" or can_merge(empty_index(result["factory"], result["dim"])):
             added = self._build(parts, new, result["shard_rows"], result["trained"])
             return self._finish(state, parts, added, result["shards"])
@@ -187,8 +186,9 @@ class _Builder:
     def _built(self, group: Group) -> dict[str, Any] | None:
         """The record of a shard that an earlier call has finished, and that is still there."""
         shard = self.stage.part_done(group.name)
-        there = shard is not None and all((self.stage.path / file).is_file() for file in shard["sizes"])
-        return shard if there else None
+        if shard is None or any(storage.size(self.stage.path / file) != size for file, size in shard["sizes"].items()):
+            return None
+        return shard
 
     def _finish(
         self,

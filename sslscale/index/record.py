@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -82,10 +82,11 @@ class IndexRecord:
         """Deletes the files that result.json does not name: those of an earlier state."""
         named = {self.result["parts"], self.result["trained"], self.result["deleted"]}
         named |= {file for shard in self.shards for file in shard.sizes}
-        for pattern in ("*.faiss", "*.npy", "parts*.json", "shards/*"):
-            for file in self.path.glob(pattern):
-                if file.relative_to(self.path).as_posix() not in named:
-                    storage.remove(file)
+        there = [*storage.names(self.path), *(f"shards/{name}" for name in storage.names(self.path / "shards"))]
+        for file in there:
+            ours = any(PurePosixPath(file).match(pattern) for pattern in ("*.faiss", "*.npy", "parts*.json"))
+            if ours and file not in named:
+                storage.remove(self.path / file)
 
     @property
     def shards(self) -> list[ShardFiles]:
