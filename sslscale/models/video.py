@@ -95,6 +95,9 @@ class FramesBackbone(Backbone):
         states = self.sequence(inputs)
         return states[:, -1] if self.config.temporal == "gru" else states.mean(dim=1)
 
+    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        return super().tokens(images.repeat(1, self.config.window, 1, 1), keep)
+
     def take(self, inputs: Tensor, output: str) -> Tensor:
         """The mean over frames of the timm model's output."""
         seen = self.windows(inputs)

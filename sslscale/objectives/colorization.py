@@ -102,18 +102,18 @@ def grey(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _share_stem(backbone: Backbone) -> None:
-    """Gives the first convolution the same weights for all three channels: on grey images it computes what it did.
+    """Gives the first convolution the same weights for an image's three channels: on grey ones it computes what it did.
 
     As the training images are grey, the three stay equal. So the features of a coloured image are those of its grey
     version, and not disturbed by weights for colours that nothing ever trained.
     """
-    convolutions = (module for module in backbone.model.modules() if isinstance(module, nn.Conv2d))
-    stem = next((module for module in convolutions if module.in_channels == 3), None)
-    if stem is None:
+    stem = next((module for module in backbone.model.modules() if isinstance(module, nn.Conv2d)), None)
+    if stem is None or stem.in_channels % 3:
         raise UserError(
             "colorization needs a backbone that starts with a convolution", got=backbone.config.architecture
         )
-    stem.weight.copy_(stem.weight.mean(dim=1, keepdim=True).expand_as(stem.weight))
+    images = stem.weight.unflatten(1, (-1, 3))  # one, or a window of frames
+    images.copy_(images.mean(dim=2, keepdim=True).expand_as(images))
 
 
 def reachable_bins() -> Tensor:

@@ -104,8 +104,8 @@ class CSI(Objective):
 
 
 def turns(images: Tensor) -> Tensor:
-    """(B, C, S, S) -> (TURNS B, C, S, S): all of them unturned, then all turned once, and so on."""
-    return torch.cat([torch.rot90(images, k, dims=(2, 3)) for k in range(TURNS)])
+    """(B, ..., S, S) -> (TURNS B, ..., S, S): all of them unturned, then all turned once, and so on."""
+    return torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(TURNS)])
 
 
 @full_precision

@@ -126,7 +126,7 @@ class Experts(Clustering):
         if moment.step == 0:
             self._start(corpus)
         losses = corpus.map(
-            lambda images, random: self._inferring(self.views(images, random.fold("views"))).movedim(0, 1)
+            lambda images, random: self._inferring(self.make_views(images, random.fold("views"))).movedim(0, 1)
         ).movedim(1, 0)  # (H, n, K)
         uniform = losses.new_full((self.num_clusters,), -math.log(self.num_clusters), dtype=torch.float64)
         progress = moment.step / moment.last_step

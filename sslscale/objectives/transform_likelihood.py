@@ -61,8 +61,10 @@ class TransformLikelihood(Objective):
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         features = self.backbone(images)  # of the first transformation, the identity
         total = images.new_zeros(len(images))
+        frames = images.flatten(0, -4)  # of clips, each is an image; images stay as they are
         for place, own in enumerate(self.maps):
-            x = self.backbone(transform(images, own.expand(len(images), -1, -1))) if place else features
+            moved = transform(frames, own.expand(len(frames), -1, -1)).view_as(images) if place else images
+            x = self.backbone(moved) if place else features
             total = total + self.head(x).float().log_softmax(dim=1)[:, place]
         return {"features": features, "score": -total / len(self.maps)}
 

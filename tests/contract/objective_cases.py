@@ -152,10 +152,10 @@ class WholeBatch:
         return torch.from_numpy(TOOLS.centroids(features.numpy(), num_clusters, seed, 1)).to(features.dtype)
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> Objective:
+def build(name: str, dtype: torch.dtype = torch.float32, config: AnyBackboneConfig | None = None) -> Objective:
     """The same weights on every call, prepared."""
     torch.manual_seed(0)
-    backbone = build_backbone(BACKBONES.get(name, RESNET))
+    backbone = build_backbone(config or BACKBONES.get(name, RESNET))
     objective = build_objective({"name": name, **SETTINGS.get(name, {})}, backbone, RECIPE)
     for step in (0, STEPS):
         moment = Moment(step, STEPS, STEPS)

@@ -7,8 +7,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from objective_cases import GLOBAL_BATCH, NAMES, batch, build, gradients_of_a_rank, inputs, pretrain_config
+from objective_cases import (
+    BACKBONES,
+    FRAMES,
+    GLOBAL_BATCH,
+    NAMES,
+    RESNET,
+    batch,
+    build,
+    gradients_of_a_rank,
+    inputs,
+    pretrain_config,
+)
 
+from sslscale.config import BackboneConfig, FramesConfig
 from sslscale.objectives import find_objective
 from sslscale.objectives.teacher import TeacherObjective
 from sslscale.pretrain.engine import Engine
@@ -128,6 +140,17 @@ def test_outputs_have_features_of_the_backbones_width(name):
     assert outputs.keys() == {"features", *objective.further_outputs}
     if "cluster_probs" in outputs:
         torch.testing.assert_close(outputs["cluster_probs"].sum(dim=1), torch.ones(GLOBAL_BATCH))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if isinstance(BACKBONES.get(name, RESNET), BackboneConfig)])
+def test_objectives_of_images_train_on_sampled_frames(name):
+    of_frames = BACKBONES.get(name, RESNET).model_dump(exclude={"library"})
+    objective = build(name, config=FramesConfig(**of_frames, frames=FRAMES, window=2))
+    objective(batch(objective, 0, GLOBAL_BATCH))["loss"].backward()
+    objective.eval()
+    with torch.no_grad():
+        outputs = objective.outputs(inputs(objective))
+    assert all(len(output) == GLOBAL_BATCH and output.isfinite().all() for output in outputs.values())
 
 
 @pytest.mark.parametrize("name", ["rotation", "byol"])
