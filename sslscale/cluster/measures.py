@@ -1,32 +1,107 @@
-"""What a clustering is worth: against labels, and without any.
+"""What a clustering is worth: against labels, and without any. Labels measure, they never choose.
 
-`assignments` is int (N,), values below K; `labels` is int (N,), any values. Labels measure, they never choose.
+Everything but the silhouette comes from a tally, which is added up part by part: what it holds depends on the numbers
+of clusters and classes, not on that of the rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
-from sklearn.metrics.cluster import contingency_matrix
+from sklearn.metrics import mutual_info_score, silhouette_score
 
-CHUNK = 1024  # centroids whose distances to all others are held at once
-
-
-def clustering_accuracy(labels: np.ndarray, assignments: np.ndarray) -> float:
-    """ACC: the share of samples that agree under the best one-to-one match of clusters and classes.
-
-    The Hungarian method (Kuhn, 1955) on the contingency table; with unequal numbers, what stays unmatched is wrong.
-    """
-    table = contingency_matrix(labels, assignments)
-    return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(labels))
+CHUNK_BYTES = 2**28  # of distances between centroids that are held at once
+MOST_PAIRED = 2**16  # clusters, of which all pairs are still compared
 
 
-def purity(labels: np.ndarray, assignments: np.ndarray) -> float:
-    """The share of samples that belong to the most frequent class of their cluster."""
-    return float(contingency_matrix(labels, assignments).max(axis=0).sum() / len(labels))
+@dataclass
+class Tally:
+    """Of K = `num_clusters`: `sizes` int64 (K,), `distances` summed float64 (K,), and rows of each class int64 (K,)."""
+
+    num_clusters: int
+    labelled: bool = True
+    sizes: np.ndarray = field(init=False)
+    distances: np.ndarray = field(init=False)
+    classes: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sizes, self.distances = np.zeros(self.num_clusters, np.int64), np.zeros(self.num_clusters)
+
+    def add(self, assignments: np.ndarray, distances: np.ndarray, labels: np.ndarray | None) -> None:
+        """Rows with their clusters (n,), values below K, distances to the own centroid (n,) and classes (n,), if any.
+
+        Without labels for all rows there is no measure against labels.
+        """
+        self.sizes += np.bincount(assignments, minlength=self.num_clusters)
+        self.distances += np.bincount(assignments, weights=distances, minlength=self.num_clusters)
+        self.labelled &= labels is not None
+        if labels is None:
+            return
+        names, places = np.unique(labels, return_inverse=True)
+        pairs, counts = np.unique(places * self.num_clusters + assignments, return_counts=True)
+        for place, name in enumerate(names.tolist()):
+            first, stop = np.searchsorted(pairs, [place * self.num_clusters, (place + 1) * self.num_clusters])
+            own = self.classes.setdefault(name, np.zeros(self.num_clusters, np.int64))
+            own[pairs[first:stop] - place * self.num_clusters] += counts[first:stop]
+
+    def merged(self, other: Tally) -> Tally:
+        """Of the rows of both."""
+        both = Tally(self.num_clusters, self.labelled and other.labelled)
+        both.sizes, both.distances = self.sizes + other.sizes, self.distances + other.distances
+        for name in self.classes.keys() | other.classes.keys():
+            both.classes[name] = self.classes.get(name, 0) + other.classes.get(name, 0)  # type: ignore[assignment]
+        return both
+
+    def label_measures(self) -> dict[str, Any]:
+        """`acc, nmi, ari, purity`, each None without labels.
+
+        ACC: the share of samples that agree under the best one-to-one match of clusters and classes (the Hungarian
+        method, Kuhn, 1955); with unequal numbers, what stays unmatched is wrong. NMI is normalised by the arithmetic
+        mean of the entropies. ARI: Hubert and Arabie, 1985. Purity: the share of samples that belong to the most
+        frequent class of their cluster.
+        """
+        if not self.labelled or not self.classes:
+            return dict.fromkeys(("acc", "nmi", "ari", "purity"))
+        table = np.stack([self.classes[name] for name in sorted(self.classes)])[:, self.sizes > 0]
+        total = int(table.sum())
+        return {
+            "acc": float(table[linear_sum_assignment(table, maximize=True)].sum() / total),
+            "nmi": _nmi(table),
+            "ari": _ari(table),
+            "purity": float(table.max(axis=0).sum() / total),
+        }
+
+
+def label_measures(labels: np.ndarray | None, assignments: np.ndarray) -> dict[str, Any]:
+    """`Tally.label_measures` of rows with classes (N,) and clusters int (N,)."""
+    tally = Tally(int(assignments.max()) + 1)
+    tally.add(assignments, np.zeros(len(assignments)), labels)
+    return tally.label_measures()
+
+
+def _nmi(table: np.ndarray) -> float:
+    entropies = []
+    for counts in (table.sum(axis=0), table.sum(axis=1)):
+        share = counts / counts.sum()
+        entropies.append(-(share * np.log(share)).sum())
+    if max(entropies) == 0:  # one cluster, one class
+        return 1.0
+    return float(max(0.0, mutual_info_score(None, None, contingency=table)) / np.mean(entropies))
+
+
+def _ari(table: np.ndarray) -> float:
+    """By pairs of rows; in Python's integers, which hold their squares."""
+    total, same = int(table.sum()), int((table**2).sum())
+    of_cluster, of_class = (int((table.sum(axis=axis) ** 2).sum()) for axis in (0, 1))
+    together, apart = same - total, total**2 - of_cluster - of_class + same
+    only_cluster, only_class = of_cluster - same, of_class - same
+    if not only_cluster and not only_class:
+        return 1.0
+    agreed = (together + only_class) * (only_class + apart) + (together + only_cluster) * (only_cluster + apart)
+    return 2 * (together * apart - only_class * only_cluster) / agreed
 
 
 def imbalance(sizes: np.ndarray) -> float:
@@ -35,22 +110,22 @@ def imbalance(sizes: np.ndarray) -> float:
     return float(len(sizes) * (sizes**2).sum() / sizes.sum() ** 2)
 
 
-def davies_bouldin(centroids: np.ndarray, assignments: np.ndarray, distances: np.ndarray) -> float | None:
+def davies_bouldin(centroids: np.ndarray, tally: Tally) -> float | None:
     """Mean over clusters i of max_j (s_i + s_j) / ||c_i - c_j||, s_i = mean Euclidean distance to the own centroid.
 
-    Davies and Bouldin, 1979. `distances` is (N,), to the own centroid; rows are not needed. Lower is better. Empty
-    clusters are left out; None with fewer than two others, or where two centroids coincide.
+    Davies and Bouldin, 1979. Rows are not needed. Lower is better. Empty clusters are left out; None with fewer than
+    two others, where two centroids coincide, and above MOST_PAIRED clusters, whose pairs would take hours.
     """
-    sizes = np.bincount(assignments, minlength=len(centroids))
-    used = np.flatnonzero(sizes)
-    if len(used) < 2:
+    used = np.flatnonzero(tally.sizes)
+    if not 2 <= len(used) <= MOST_PAIRED:
         return None
-    spread = np.bincount(assignments, weights=distances, minlength=len(centroids))[used] / sizes[used]
+    spread = tally.distances[used] / tally.sizes[used]
     c = centroids[used].astype(np.float64)
     norms = (c**2).sum(axis=1)
     worst = np.empty(len(used))
-    for start in range(0, len(used), CHUNK):
-        here = slice(start, min(start + CHUNK, len(used)))
+    chunk = max(1, CHUNK_BYTES // c.itemsize // len(used))
+    for start in range(0, len(used), chunk):
+        here = slice(start, min(start + chunk, len(used)))
         squared = norms[here, None] + norms - 2 * c[here] @ c.T
         own = np.arange(here.start, here.stop)
         squared[own - start, own] = np.inf
@@ -66,15 +141,3 @@ def silhouette(rows: np.ndarray, assignments: np.ndarray, metric: str) -> float 
         return None
     metric = {"l2": "euclidean", "cosine": "cosine"}[metric]
     return float(silhouette_score(rows.astype(np.float32), assignments, metric=metric))
-
-
-def label_measures(labels: np.ndarray | None, assignments: np.ndarray) -> dict[str, Any]:
-    """`acc, nmi, ari, purity`; each None without labels. NMI is normalised by the arithmetic mean of the entropies."""
-    if labels is None:
-        return dict.fromkeys(("acc", "nmi", "ari", "purity"))
-    return {
-        "acc": clustering_accuracy(labels, assignments),
-        "nmi": float(normalized_mutual_info_score(labels, assignments)),
-        "ari": float(adjusted_rand_score(labels, assignments)),
-        "purity": purity(labels, assignments),
-    }

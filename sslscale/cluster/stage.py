@@ -14,6 +14,7 @@ of clusters that are empty or hold nearly everything.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sslscale.cluster.hierarchy import RESAMPLINGS, child_counts, num_parents, s
 from sslscale.cluster.kernels import nearest_centroid, squared_distances
 from sslscale.cluster.kmeans import BY_PARENT, RANGES, KMeansWorker, PoolRows, check_num_clusters, in_order
 from sslscale.cluster.lloyd import LloydState, lloyd, schedule
-from sslscale.cluster.measures import davies_bouldin, imbalance, label_measures, silhouette
+from sslscale.cluster.measures import Tally, davies_bouldin, imbalance, silhouette
 from sslscale.cluster.others import MAX_ROWS, NOISE, check_rows, fit_labels, means
 from sslscale.cluster.seeding import initial_state
 from sslscale.cluster.sweep import choose, describe
@@ -288,26 +289,28 @@ def _assign_parts(
 def _measure(
     stage: Stage, settings: ClusterConfig, seed: int, features: FeatureSet, centroids: np.ndarray
 ) -> dict[str, Any]:
-    files = [part.file for part in features.parts]
-    assignments = np.concatenate([open_npy(stage.path / "assignments" / file) for file in files])
-    distances = np.concatenate([open_npy(stage.path / "distances" / file) for file in files])
-    sizes = np.bincount(assignments, minlength=len(centroids))
     at = sample_positions(features.num_rows, settings.silhouette_samples, seed)
-    # between unit vectors the Euclidean distance is sqrt(2 (1 - cosine))
-    euclidean = distances if settings.metric == "l2" else np.sqrt(2 * distances)
+    tallies = {name: Tally(len(centroids)) for name in features.stores}
+    sampled, start = [], 0
+    for part in features.parts:
+        assignments = open_npy(stage.path / "assignments" / part.file)
+        distances = open_npy(stage.path / "distances" / part.file)
+        # between unit vectors the Euclidean distance is sqrt(2 (1 - cosine))
+        euclidean = distances if settings.metric == "l2" else np.sqrt(2 * distances)
+        tallies[part.dataset].add(assignments, euclidean, features.stores[part.dataset].part_labels(part.part))
+        sampled.append(assignments[at[(at >= start) & (at < start + part.rows)] - start])
+        start += part.rows
+    tally = functools.reduce(Tally.merged, tallies.values())
     measures = {
-        **label_measures(features.labels(), assignments),
-        "silhouette": silhouette(features.take(features.row_ids(at)), assignments[at], settings.metric),
-        "davies_bouldin": davies_bouldin(centroids, assignments, euclidean),
-        "imbalance": imbalance(sizes),
+        **tally.label_measures(),
+        "silhouette": silhouette(features.take(features.row_ids(at)), np.concatenate(sampled), settings.metric),
+        "davies_bouldin": davies_bouldin(centroids, tally),
+        "imbalance": imbalance(tally.sizes),
     }
-    result: dict[str, Any] = {"measures": measures, "sizes": sizes.tolist(), "warnings": _warnings(sizes)}
+    result: dict[str, Any] = {"measures": measures, "sizes": tally.sizes.tolist(), "warnings": _warnings(tally.sizes)}
     if len(features.stores) > 1:
         result["datasets"] = {
-            name: {
-                "num_samples": here.stop - here.start,
-                "measures": label_measures(features.labels(name), assignments[here]),
-            }
-            for name, here in features.slices.items()
+            name: {"num_samples": int(own.sizes.sum()), "measures": own.label_measures()}
+            for name, own in tallies.items()
         }
     return result

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from sslscale.cluster.kernels import nearest_centroid, squared_distances
 from sslscale.cluster.kmeans import KMeans
-from sslscale.cluster.measures import davies_bouldin, silhouette
+from sslscale.cluster.measures import Tally, davies_bouldin, silhouette
 from sslscale.config import ClusterConfig
 
 STABLE_WITHIN = 0.05  # of the best stability: so much it varies from sample to sample
@@ -27,12 +27,13 @@ def describe(
     2002). Silhouette and Davies-Bouldin are of the best restart, over the sample.
     """
     labels = [nearest_centroid(sample, own) for own in centroids]
-    distances = np.sqrt(squared_distances(sample, centroids[best], labels[best]))
+    tally = Tally(centroids.shape[1])
+    tally.add(labels[best], np.sqrt(squared_distances(sample, centroids[best], labels[best])), None)
     return {
         "num_clusters": centroids.shape[1],
         "objective": objective,
         "silhouette": silhouette(sample, labels[best], settings.metric),
-        "davies_bouldin": davies_bouldin(centroids[best], labels[best], distances),
+        "davies_bouldin": davies_bouldin(centroids[best], tally),
         "stability_seeds": _mean_ari(labels),
         "stability_halves": _mean_ari(_halves(sample, centroids.shape[1], settings, seed)),
     }
