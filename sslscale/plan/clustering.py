@@ -60,6 +60,8 @@ class Vectors:
     dim: int
     clusters: int
     part_rows: int
+    restarts: int = 1
+    """Which go through the iterations together."""
 
     @property
     def parts(self) -> int:
@@ -87,6 +89,8 @@ class Work:
     """To every node."""
     worker_bytes: float
     """Held by one worker beside its imports."""
+    driver_bytes: float
+    """Held by the driver."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def flat_pass(vectors: Vectors) -> Work:
-    """An exact iteration of Lloyd's, or the final assignment."""
+    """An exact iteration of Lloyd's, of all restarts; with one restart, or the final assignment."""
     return _pass("an exact pass", vectors, vectors.clusters)
 
 
@@ -158,6 +162,7 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
         bytes_received=0,
         bytes_sent=0,
         worker_bytes=sample / parents * vectors.dim * FP32,
+        driver_bytes=0,
     )
     assign = Work(
         "the assignment",
@@ -167,22 +172,25 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
         bytes_received=0,
         bytes_sent=centroids,
         worker_bytes=centroids + vectors.part_rows * (FP64 + FP32 + FP64),
+        driver_bytes=2 * centroids,
     )
     return [_pass("an iteration of the parents", vectors, parents), split, assign]
 
 
 def _pass(name: str, vectors: Vectors, clusters: int) -> Work:
-    centroids = clusters * vectors.dim * FP32
-    sums = clusters * (vectors.dim + 1) * FP64
-    once = clusters * vectors.dim * FP64 > RANGE_BYTES
+    centroids = vectors.restarts * clusters * vectors.dim * FP32
+    sums = vectors.restarts * clusters * (vectors.dim + 1) * FP64
+    by_range = clusters * vectors.dim * FP64 > RANGE_BYTES
+    own = RANGE_BYTES if by_range else sums  # what a worker adds up at a time
     return Work(
         name,
-        flops=2 * vectors.rows * clusters * vectors.dim,
-        added=ADDED * vectors.rows * vectors.dim,
-        bytes_read=(2 if once else 1) * vectors.bytes,
-        bytes_received=sums if once else vectors.parts * sums,
+        flops=2 * vectors.restarts * vectors.rows * clusters * vectors.dim,
+        added=ADDED * vectors.restarts * vectors.rows * vectors.dim,
+        bytes_read=(2 * vectors.restarts if by_range else 1) * vectors.bytes,
+        bytes_received=sums if by_range else vectors.parts * sums,
         bytes_sent=centroids,
-        worker_bytes=2 * centroids + (RANGE_BYTES if once else sums) + BLOCK_ROWS * vectors.dim * (FP16 + FP32 + FP64),
+        worker_bytes=2 * centroids + own + BLOCK_ROWS * vectors.dim * (FP16 + FP32 + FP64),
+        driver_bytes=2 * centroids + sums + own,
     )
 
 
@@ -214,7 +222,7 @@ def run_clustering_plan(
         raise UserError("the config has no cluster section", fix="say cluster.num_clusters=1000000, for example")
     numbers = config.cluster.num_clusters
     clusters = max(numbers) if isinstance(numbers, list) else numbers
-    vectors = Vectors(*_shape(shape), clusters, config.embed.part_rows)
+    vectors = Vectors(*_shape(shape), clusters, config.embed.part_rows, config.cluster.num_init)
     check_num_clusters(clusters, vectors.rows)
     here = measure_rates(vectors.dim, clusters, config.runtime.threads)
     rates = here.on(matrix, memory)
@@ -241,22 +249,19 @@ def _shape(given: str) -> tuple[int, int]:
 def clustering_lines(plan: dict[str, Any]) -> list[str]:
     """The plan as a user reads it."""
     vectors, measured, device = Vectors(**plan["vectors"]), plan["measured"], plan["device"]
+    shown = ("bytes_read", "bytes_received", "bytes_sent", "worker_bytes", "driver_bytes")
     matrix, memory = f"{measured['matrix'] / 1e9:,.0f} GFLOP/s", f"{measured['memory'] / 1e9:,.1f} GB/s"
     return [
         f"vectors    {vectors.rows:,} x {vectors.dim} in fp16, {size(vectors.bytes)} in {vectors.parts:,} parts;"
-        f" {vectors.clusters:,} clusters",
+        f" {vectors.clusters:,} clusters, restarts: {vectors.restarts}",
         f"measured   {measured['processor']}, threads: {measured['threads']}: {matrix} of a product,"
         f" {measured['assign']:.0%} of it in finding the nearest centroid; {memory} of a copy,"
         f" {measured['add']:.0%} of it in adding rows up",
         f"device     {device['matrix'] / 1e9:,.0f} GFLOP/s, {device['memory'] / 1e9:,.1f} GB/s, the same shares",
         "",
         *table(
-            ["pass over all devices", "FLOP", "read", "driver gets", "node gets", "a worker holds"],
-            [
-                [work["name"], f"{work['flops']:.2g}"]
-                + [size(work[key]) for key in ("bytes_read", "bytes_received", "bytes_sent", "worker_bytes")]
-                for work in plan["passes"]
-            ],
+            ["pass over all devices", "FLOP", "read", "driver gets", "node gets", "worker holds", "driver holds"],
+            [[work["name"], f"{work['flops']:.2g}"] + [size(work[key]) for key in shown] for work in plan["passes"]],
         ),
         "",
         "time of a pass, and what it waits for",

@@ -39,6 +39,16 @@ def test_a_flat_pass_multiplies_every_vector_with_every_centroid() -> None:
     assert few.bytes_received == 3815 * 1000 * 385 * 8
 
 
+def test_restarts_go_through_a_pass_together() -> None:
+    few = dataclasses.replace(VECTORS, clusters=1000)
+    for shape, reads in ((VECTORS, 5), (few, 1)):  # by ranges of centroids, each restart reads the rows by itself
+        one, five = flat_pass(shape), flat_pass(dataclasses.replace(shape, restarts=5))
+        assert five.bytes_read == reads * one.bytes_read
+        for name in ("flops", "added", "bytes_received", "bytes_sent"):
+            assert getattr(five, name) == 5 * getattr(one, name), name
+    assert five.driver_bytes > 4 * one.driver_bytes
+
+
 def test_the_driver_gets_what_the_workers_of_kmeans_send() -> None:
     import numpy as np
 
