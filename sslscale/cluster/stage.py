@@ -38,7 +38,6 @@ from sslscale.features.distance import prepare, to_distance, to_objective
 from sslscale.features.files import open_npy, write_npy
 from sslscale.rundir import Metrics, RunDir, Stage, discard, write_atomic
 from sslscale.runtime.base import Pool, Resources, Runtime, compute_threads
-from sslscale.runtime.device import pick_device
 from sslscale.runtime.progress import Progress
 
 SUSPICIOUS_SHARE = 0.9
@@ -66,7 +65,7 @@ def run_cluster(
     )
     if stage.done:
         return stage.result
-    device = "cpu" if settings.device == "cpu" else pick_device(settings.device).type
+    device = runtime.device(settings.device)
     setup = {"features": features.paths, "metric": settings.metric, "output": str(stage.path), "device": device}
     workers = min(config.runtime.workers, len(features.parts))
     resources = Resources(threads=threads, gpus=1.0 if device == "cuda" else 0.0)

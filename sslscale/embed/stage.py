@@ -22,7 +22,6 @@ from sslscale.objectives.export import read_objective_meta
 from sslscale.pretrain.stage import dataset_shards
 from sslscale.rundir import RunDir, Stage
 from sslscale.runtime.base import Resources, Runtime
-from sslscale.runtime.device import pick_device
 from sslscale.runtime.progress import Progress
 from sslscale.shards.dataset import ShardSet
 from sslscale.shards.plan import Span, plan_parts
@@ -165,7 +164,7 @@ def _pool(
     *,
     further: bool = False,
 ) -> Any:
-    device = pick_device(config.embed.device).type
+    device = runtime.device(config.embed.device)
     setup = {
         "store": str(stage.path),
         "shards": shards,

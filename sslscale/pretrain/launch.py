@@ -298,7 +298,8 @@ class _RayGroup:
         import ray
 
         self._config, self._storage = config, storage.shown(folder / ".ray")
-        gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= config.world_sizes[0]
+        enough = config.device == "cuda" or ray.cluster_resources().get("GPU", 0) >= config.world_sizes[0]
+        gpus = enough and runtime.device(config.device) == "cuda"
         threads = 1 if runtime.alone else config.threads  # type: ignore[attr-defined] # on one machine they share cores
         self._each: tuple[str, int] = ("GPU", 1) if gpus else ("CPU", threads)
         self._switches = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS)}

@@ -40,6 +40,14 @@ class Runtime(Protocol):
 
     name: str
 
+    def device(self, name: str) -> str:
+        """cpu or cuda: what workers compute on where a config says `name`: auto, cpu or cuda.
+
+        auto takes GPUs where workers may have some now, whatever this process sees. StageError for cuda where there
+        never will be any.
+        """
+        ...
+
     def pool(
         self, worker: type, setup: Mapping[str, Any], workers: int, resources: Resources = Resources()
     ) -> contextlib.AbstractContextManager[Pool]:

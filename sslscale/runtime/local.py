@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sslscale.runtime.base import Pool, Resources
+from sslscale.runtime.device import pick_device
 from sslscale.runtime.dispatch import DispatchPool
 from sslscale.runtime.worker import Worker, WorkerHost
 
@@ -26,6 +27,9 @@ class LocalRuntime:
 
     def __init__(self, max_retries: int = 3) -> None:
         self._max_retries = max_retries
+
+    def device(self, name: str) -> str:
+        return pick_device(name).type
 
     def pool(
         self, worker: type, setup: Mapping[str, Any], workers: int, resources: Resources = Resources()

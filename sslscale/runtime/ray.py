@@ -20,6 +20,7 @@ from ray.exceptions import AuthenticationError, NodeDiedError, ObjectLostError, 
 from sslscale.errors import UserError
 from sslscale.runtime.address import unreachable
 from sslscale.runtime.base import Pool, Resources
+from sslscale.runtime.device import pick_device
 from sslscale.runtime.dispatch import DispatchPool
 from sslscale.runtime.worker import WorkerHost
 
@@ -70,6 +71,15 @@ class RayRuntime:
     def alone(self) -> bool:
         """Whether this process started the cluster, for itself."""
         return self._connected_here and self._address is None
+
+    def device(self, name: str) -> str:
+        if name == "cpu":
+            return name
+        self.start()
+        here = ray.cluster_resources().get("GPU", 0) > 0
+        if name == "cuda" and not here and self.alone:
+            return pick_device(name).type
+        return "cuda" if here or name == "cuda" else "cpu"  # a cluster that grows gets GPUs once they are asked for
 
     def pool(
         self, worker: type, setup: Mapping[str, Any], workers: int, resources: Resources = Resources()

@@ -129,6 +129,7 @@ class DyingRuntime:
     """Builds in this process, and dies once it has built so many shards."""
 
     name = "local"
+    device = staticmethod(lambda name: "cpu")
 
     def __init__(self, shards):
         self.shards = shards
@@ -167,6 +168,7 @@ class OtherMachine:
     """A runtime whose only worker is on another machine: a store is all that it shares with the driver."""
 
     name = "local"
+    device = staticmethod(lambda name: "cpu")
 
     def __init__(self, home):
         self.home, self.known = home, {}

@@ -6,8 +6,9 @@ import os
 import time
 
 import pytest
+import torch
 
-from sslscale.errors import UserError
+from sslscale.errors import StageError, UserError
 from sslscale.runtime import ray as ray_module
 from sslscale.runtime.address import unreachable
 
@@ -44,3 +45,34 @@ def test_a_cluster_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/scratch/" + "x" * 60)
     assert ray_module._local_cluster(cpus=0)["_temp_dir"] == "/tmp/ray"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("address", "gpus", "given", "expected"),
+    [
+        ("ray:1", 4, "auto", "cuda"),
+        ("ray:1", 4, "cpu", "cpu"),
+        ("ray:1", 0, "auto", "cpu"),
+        ("ray:1", 0, "cuda", "cuda"),  # asked for, they start
+        (None, 1, "auto", "cuda"),
+    ],
+)
+def test_the_cluster_says_whether_there_are_gpus_not_its_driver(monkeypatch, address, gpus, given, expected):
+    runtime = ray_module.RayRuntime(address)
+    runtime._connected_here = True
+    monkeypatch.setattr(runtime, "start", lambda: None)
+    monkeypatch.setattr(ray_module.ray, "cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": gpus} if gpus else {}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.device(given) == expected
+
+
+def test_a_cluster_of_this_machine_alone_never_gets_a_gpu(monkeypatch):
+    runtime = ray_module.RayRuntime()
+    runtime._connected_here = True
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(runtime, "_address", None)
+    monkeypatch.setattr(runtime, "start", lambda: None)
+    monkeypatch.setattr(ray_module.ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(StageError, match="no CUDA device"):
+        runtime.device("cuda")
