@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,6 @@ class Stage:
         else:
             storage.remove(file)  # of an earlier attempt that was killed before its marker
         write_json(self.path / "done" / part, dict(record))
-
-    def failures(self) -> Iterator[dict[str, Any]]:
-        for file in sorted((self.path / "failed").glob("*.jsonl")):
-            yield from map(json.loads, file.read_text().splitlines())
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Writes result.json, last, with the requests to a store that had to be sent again. Returns it as read back."""

@@ -38,17 +38,12 @@ class Cursor:
     position: int = 0
 
 
-def plan_epoch(counts: Counts, seed: int, epoch: int, num_streams: int) -> list[list[Span]]:
-    """The spans that each stream reads in this epoch, in order.
+def plan_stream(counts: Counts, seed: int, epoch: int, stream: int, num_streams: int) -> list[Span]:
+    """The spans that a stream reads in this epoch, in order.
 
     Every sample is in exactly one stream, and streams differ by at most one sample. A stream has the same length in
     every epoch.
     """
-    return [plan_stream(counts, seed, epoch, stream, num_streams) for stream in range(num_streams)]
-
-
-def plan_stream(counts: Counts, seed: int, epoch: int, stream: int, num_streams: int) -> list[Span]:
-    """One stream of `plan_epoch`."""
     order = _permutation(len(counts), seed, _SHARDS, epoch)
     ends = np.cumsum(np.asarray(counts, dtype=np.int64)[order])
     total = int(ends[-1]) if len(ends) else 0

@@ -49,8 +49,7 @@ class TarShard:
     """The records of one tar file. `len(shard)`, `shard.keys`, `shard.read(i)`.
 
     A damaged file raises nothing here. `damage` says what ends it early (None: it is whole), and the records after
-    that point are not in it. `problems` lists `(key, reason)` for every record that `read` will refuse, and
-    `(None, damage)`. `again` makes the file anew, where it is one that others may delete.
+    that point are not in it. `again` makes the file anew, where it is one that others may delete.
     """
 
     def __init__(self, path: str | Path, url: str | None = None, again: Callable[[], Any] | None = None) -> None:
@@ -70,11 +69,6 @@ class TarShard:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    @property
-    def problems(self) -> list[tuple[str | None, str]]:
-        found: list[tuple[str | None, str]] = [(self.keys[record], why) for record, why in self._refused.items()]
-        return [*found, (None, self.damage)] if self.damage else found
 
     def read(self, record: int) -> dict[str, Any]:
         """A webdataset sample: `__key__`, `__url__` and the bytes of each extension. Raises SampleError."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sslscale.shards.plan import Span, block_permutation, plan_epoch, plan_parts
+from sslscale.shards.plan import Span, block_permutation, plan_parts, plan_stream
 
 COUNTS = [5, 0, 17, 1, 8, 30]
 
@@ -17,7 +17,7 @@ EVERY = sorted((shard, record) for shard, count in enumerate(COUNTS) for record 
 
 @pytest.mark.parametrize("num_streams", [1, 3, 4, 7, 61])
 def test_every_sample_is_in_exactly_one_stream_and_streams_differ_by_at_most_one(num_streams):
-    plan = plan_epoch(COUNTS, seed=3, epoch=2, num_streams=num_streams)
+    plan = [plan_stream(COUNTS, 3, 2, stream, num_streams) for stream in range(num_streams)]
     assert sorted(pair for spans in plan for pair in ids(spans)) == EVERY
     lengths = [sum(map(len, spans)) for spans in plan]
     assert max(lengths) - min(lengths) <= 1
@@ -26,7 +26,7 @@ def test_every_sample_is_in_exactly_one_stream_and_streams_differ_by_at_most_one
 
 def test_the_plan_depends_on_seed_and_epoch_alone():
     def order(seed: int, epoch: int) -> list[Span]:
-        return plan_epoch(range(1, 40), seed, epoch, 1)[0]
+        return plan_stream(range(1, 40), seed, epoch, 0, 1)
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1)
@@ -35,7 +35,7 @@ def test_the_plan_depends_on_seed_and_epoch_alone():
 
 def test_the_permutations_are_the_same_on_every_platform():
     assert block_permutation(8, seed=1, epoch=2, stream=3, block=4).tolist() == [6, 2, 0, 4, 5, 7, 3, 1]
-    assert [span.shard for span in plan_epoch([1] * 8, seed=1, epoch=2, num_streams=1)[0]] == [2, 5, 6, 1, 7, 4, 0, 3]
+    assert [span.shard for span in plan_stream([1] * 8, 1, 2, 0, 1)] == [2, 5, 6, 1, 7, 4, 0, 3]
 
 
 def test_blocks_are_permuted_differently():
