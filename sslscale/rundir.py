@@ -50,6 +50,13 @@ def read_json(path: Path) -> Any:
         raise UserError("a file is not valid JSON", got=f"{path}: {error}") from None
 
 
+def read_lines(path: Path) -> list[Any]:
+    """The whole lines of a file of JSON lines, which another process may be adding to; none where there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_bytes().rpartition(b"\n")[0].splitlines()]
+
+
 def hash_json(value: Any) -> str:
     """A stable short hash of plain JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
@@ -151,7 +158,7 @@ class Metrics:
         storage.publish(self.path)
 
     def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        return read_lines(self.path)
 
     def read_new(self) -> list[dict[str, Any]]:
         """The whole lines that were added since the last call, for a reader beside the writer.

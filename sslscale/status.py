@@ -11,7 +11,7 @@ from typing import Any
 from sslscale import storage
 from sslscale.errors import UserError
 from sslscale.lease import Lease
-from sslscale.rundir import Metrics, RunDir, read_json
+from sslscale.rundir import RunDir, read_json, read_lines
 
 _RECENT = 20  # parts whose times give the rate
 
@@ -80,7 +80,7 @@ def _stages(run: Path) -> Iterator[Path]:
 def _stage(run: Path, path: Path, held: bool) -> StageStatus:
     name, settings = path.relative_to(run).as_posix(), read_json(path / "stage.json")["settings"]
     done = (path / "result.json").is_file()
-    lines = Metrics(path / "metrics.jsonl").read()
+    lines = read_lines(path / "metrics.jsonl")
     if name == "pretrain":
         progress = _training(lines, settings)
     elif (path / "done").is_dir() and not lines:

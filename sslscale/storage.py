@@ -35,12 +35,13 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 PATIENCE_SECONDS = 120.0  # a request is given up after failing for so long
+_ARRIVING_SECONDS = 3600.0  # after which a copy that does not grow is a dead process's
 CHUNK_BYTES = 32 * 2**20  # what a broken connection costs at most
 _MARK = "sslscale-remote"
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 10.0
 
 # What grows with the data is brought when it is read; what is of this machine, or of Ray, is never copied.
-_LAZY_NAMES = ("part-*", "*.tar", "*.faiss")
+_LAZY_NAMES = ("part-*.npy", "part-*.parquet", "ids.npy", "rows*.npy", "shard-*.npy", "*.tar", "*.faiss")
 _LAZY_FOLDERS = ("/pretrain/checkpoints/", "/pretrain/tensorboard/")
 _NEVER = frozenset((".cache", ".lease", ".ray"))
 
@@ -319,12 +320,22 @@ def pull(folder: Path) -> None:
         if not _lazy(path):
             _fetch(fs, path, info)
     for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds before the folder
-        if path in entries or _NEVER & set(path.relative_to(folder).parts):
+        if path in entries or _NEVER & set(path.relative_to(folder).parts) or _is_arriving(path):
             continue
-        if path.is_file():
-            path.unlink()
-        elif not any(path.iterdir()):
-            path.rmdir()
+        with contextlib.suppress(FileNotFoundError):  # another reader does the same
+            if path.is_file():
+                path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+
+
+def _is_arriving(path: Path) -> bool:
+    """Whether it is a file that another process is copying here."""
+    try:
+        young = time.time() - path.stat().st_mtime < _ARRIVING_SECONDS
+    except FileNotFoundError:
+        return False
+    return young and path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def names(folder: Path) -> list[str]:

@@ -101,7 +101,7 @@ class TorchScript(Embedder):
     def __init__(self, file: str, channels: int, size: int) -> None:
         super().__init__()
         try:
-            self.model = torch.jit.load(file, map_location="cpu").eval()
+            self.model = torch.jit.load(str(storage.bring(Path(file))), map_location="cpu").eval()
             with torch.inference_mode():
                 features = self.model(torch.zeros(2, channels, size, size))
         except (RuntimeError, ValueError) as error:

@@ -213,18 +213,24 @@ def is_pretrained(folder: Path) -> bool:
 
 def hash_pretrained(folder: Path) -> tuple[str, int]:
     """Names what such a folder computes, and the most tokens of its texts. Raises UserError where a file is missing."""
-    for name in _FOLDER_FILES:
-        if not storage.bring(folder / name).is_file():
-            raise UserError(f"there is no {name} in the folder of the model", got=str(folder))
+    _bring(folder)
     config = _pretrained_config(folder)
     return hash_json([config.identity(), *(hash_file(folder / name) for name in _FOLDER_FILES)]), config.max_length
 
 
 def load_pretrained(folder: Path) -> TextBackbone:
     """The model of such a folder, with the pooling that sentence-transformers' files say (none: the mean)."""
+    _bring(folder)
     model = transformers_library("text").AutoModel.from_pretrained(str(folder), local_files_only=True)
     model.pooler = None
     return TextBackbone(_pretrained_config(folder), folder, model).eval()
+
+
+def _bring(folder: Path) -> None:
+    """Raises UserError where a file is missing."""
+    for name in _FOLDER_FILES:
+        if not storage.bring(folder / name).is_file():
+            raise UserError(f"there is no {name} in the folder of the model", got=storage.shown(folder))
 
 
 def _pretrained_config(folder: Path) -> TextConfig:

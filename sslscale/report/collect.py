@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sslscale import storage
 from sslscale.config import ReportConfig, RunConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features
@@ -22,7 +23,7 @@ from sslscale.features.files import open_npy
 from sslscale.index.record import IndexRecord
 from sslscale.report.reduction import Reduction, collect_reduction
 from sslscale.report.samples import SampleReader, Shown
-from sslscale.rundir import Metrics, RunDir, read_json
+from sslscale.rundir import RunDir, read_json, read_lines
 
 HISTOGRAM_BINS = 60
 MAX_REASONS = 1000  # kinds of failures told apart, at most
@@ -167,9 +168,7 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 def _datasets(path: Path, arrays: str) -> list[str]:
     """The datasets that a stage covered, in the order that its features were read in."""
-    return read_json(path / "stage.json")["settings"]["datasets"] or sorted(
-        folder.name for folder in (path / arrays).iterdir()
-    )
+    return read_json(path / "stage.json")["settings"]["datasets"] or storage.names(path / arrays)
 
 
 def _features(run: RunDir, path: Path, parent: str, datasets: list[str] | None) -> FeatureSet:
@@ -204,7 +203,7 @@ def collect_training(run: RunDir) -> Training | None:
     if not (path / "metrics.jsonl").is_file():
         return None
     curves: dict[str, Curve] = {}
-    for line in Metrics(path / "metrics.jsonl").read():
+    for line in read_lines(path / "metrics.jsonl"):
         for name, value in line.items():
             if name not in _NOT_CURVES and isinstance(value, int | float):
                 curve = curves.setdefault(name, Curve(name, [], []))

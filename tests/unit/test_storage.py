@@ -82,8 +82,15 @@ def test_another_machine_sees_the_run(s3: str) -> None:
     np.save(_parent(run / "embed" / "train" / "part-00000.npy"), np.arange(10))
     storage.publish(run / "embed" / "train" / "part-00000.npy")
     write_json(run / "embed" / "train" / "features.json", {"rows": 10})
+    write_json(run / "embed" / "train" / "done" / "part-00000", {"rows": 10})
+    write_json(run / "embed" / "train" / "failed" / "part-00000.jsonl", {"key": "a"})
+    np.save(run / "embed" / "train" / "ids.npy", np.arange(10))
+    storage.publish(run / "embed" / "train" / "ids.npy")
     _forget(run)
     storage.pull(run)
+    assert (run / "embed" / "train" / "done" / "part-00000").is_file(), "what is finished is not made again"
+    assert (run / "embed" / "train" / "failed" / "part-00000.jsonl").is_file()
+    assert not (run / "embed" / "train" / "ids.npy").exists()
     assert (run / "embed" / "train" / "features.json").is_file()
     assert not (run / "embed" / "train" / "part-00000.npy").exists(), "what grows with the data waits"
     assert np.load(storage.bring(run / "embed" / "train" / "part-00000.npy")).sum() == 45
@@ -99,6 +106,10 @@ def test_a_reader_leaves_alone_what_is_not_published_yet(s3: str) -> None:
     assert read_json(reading.path / "manifest.json") == 1
     assert storage.shown(reading.path) == s3
     assert unfinished.read_bytes() == b"half"
+    arriving = _parent(reading.path / "index" / ".index.faiss.1.2.tmp")
+    arriving.write_bytes(b"half")
+    assert RunDir.reading(s3).path == reading.path
+    assert arriving.is_file(), "another reader is copying it"
 
 
 def test_folders_that_other_clients_write_are_no_files(s3: str) -> None:
