@@ -124,7 +124,7 @@ class PretrainConfig(StageConfig):
     epochs: float | None = Field(10, gt=0)
     steps: int | None = Field(None, ge=1, description="instead of epochs")
     global_batch: Positive = 256
-    micro_batch: int | None = Field(
+    micro_batch: Annotated[int | None, not_identity] = Field(
         None, ge=1, description="largest batch of one pass on one rank; none: no accumulation"
     )
     num_streams: Positive = Field(8, description="streams of the shard plan; belongs to the run, not to the cluster")

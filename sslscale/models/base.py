@@ -96,6 +96,12 @@ class Encoder(Embedder):
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and not self.frozen)
 
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether `checkpoint_activations` was called."""
+        names = ("grad_checkpointing", "gradient_checkpointing")  # timm's, transformers'
+        return any(getattr(module, name, False) for module in self.modules() for name in names)
+
     def checkpoint_activations(self) -> None:
         """Keeps the inputs of the model's blocks only (Chen et al. 2016, https://arxiv.org/abs/1604.06174)."""
         raise NotImplementedError

@@ -56,6 +56,14 @@ def key_drops(model: nn.Module, *kinds: type) -> None:
             module.name = name
 
 
+def drops(model: nn.Module) -> bool:
+    """Whether anything in the model draws by sample while it trains."""
+    return any(
+        isinstance(module, Keyed) and getattr(module, "drop_prob", 0) + getattr(module, "p", 0) > 0
+        for module in model.modules()
+    )
+
+
 def draw_from(model: nn.Module, random: KeyedRandom) -> None:
     """Says which samples the next pass is made of."""
     for module in model.modules():

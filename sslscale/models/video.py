@@ -61,6 +61,15 @@ class FramesBackbone(Backbone):
             lines = [line.replace("meta['channels']", "meta['window'] * meta['channels']") for line in lines]
         return [*lines[:-1], _LOAD_GRU, lines[-1]] if meta["temporal"] == "gru" else lines
 
+    def check_offers(self, takes: str) -> None:
+        super().check_offers(takes)
+        if takes == "images" and self.config.temporal == "gru":
+            raise UserError(
+                "an objective of images sees single frames, and would leave the GRU untrained that features go through",
+                got="backbone.temporal=gru",
+                fix="set backbone.temporal=mean, or choose frame_order",
+            )
+
     def reader(self, channels: int | None, size: int | None) -> ClipReader:
         return ClipReader(self.config.frames, self.config.channels, size)
 
@@ -96,7 +105,8 @@ class FramesBackbone(Backbone):
         return states[:, -1] if self.config.temporal == "gru" else states.mean(dim=1)
 
     def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        return super().tokens(images.repeat(1, self.config.window, 1, 1), keep)
+        single = images.shape[1] == self.config.channels  # not a window of frames
+        return super().tokens(images.repeat(1, self.config.window, 1, 1) if single else images, keep)
 
     def take(self, inputs: Tensor, output: str) -> Tensor:
         """The mean over frames of the timm model's output."""

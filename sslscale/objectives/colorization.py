@@ -107,6 +107,12 @@ def _share_stem(backbone: Backbone) -> None:
     As the training images are grey, the three stay equal. So the features of a coloured image are those of its grey
     version, and not disturbed by weights for colours that nothing ever trained.
     """
+    if len({*backbone.config.mean}) > 1 or len({*backbone.config.std}) > 1:
+        raise UserError(
+            "colorization trains on grey images, whose channels must stay equal",
+            got=f"backbone.mean={backbone.config.mean} backbone.std={backbone.config.std}",
+            allowed="one value for all channels",
+        )
     stem = next((module for module in backbone.model.modules() if isinstance(module, nn.Conv2d)), None)
     if stem is None or stem.in_channels % 3:
         raise UserError(

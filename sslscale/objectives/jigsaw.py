@@ -46,9 +46,9 @@ class Jigsaw(Objective):
         self.views = ShuffledPatches(recipe, patch_size, gap, distant_permutations(num_permutations))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        patches = batch["patches"].flatten(0, 1)  # (9 B, C, p, p)
+        patches = batch["patches"].transpose(0, 1).flatten(0, 1)  # (9 B, C, p, p), the first of every image first
         features = self.backbone(self.equalise(patches))  # (9 B, D)
-        logits = self.head(features.view(len(batch), -1))  # (B, num_permutations)
+        logits = self.head(features.unflatten(0, (9, -1)).transpose(0, 1).flatten(1))  # (B, num_permutations)
         return {
             "loss": F.cross_entropy(logits, batch["permutation"]),
             **classification_metrics(logits, batch["permutation"]),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sslscale.config import AugmentConfig
 from sslscale.config.models import Fraction
 from sslscale.errors import UserError
+from sslscale.models.drop_path import drops
 from sslscale.models.image import Backbone
 from sslscale.objectives.base import Corpus, Moment, Objective
 from sslscale.views.base import Batch
@@ -52,6 +53,12 @@ class Joint(Objective):
                 "one of the terms holds the backbone fixed, so that the others could not train it",
                 got=", ".join(str(term.objective["name"]) for term in self.settings),
                 fix="train it alone, from the backbone of another run (pretrain.init_from)",
+            )
+        if len(self.terms) > 1 and drops(backbone) and backbone.checkpoints_activations:
+            raise UserError(
+                "each term draws what it drops, and a block that is computed again would draw as the last one",
+                got="pretrain.activation_checkpointing=true with stochastic depth or dropout",
+                fix="leave one of them out",
             )
         for term in self.terms:  # they use the backbone; this objective alone owns it
             del term._modules["backbone"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sslscale.config import AugmentConfig
 from sslscale.config.models import Positive
+from sslscale.models.collectives import gather_rows, rank
 from sslscale.models.image import Backbone
 from sslscale.objectives.base import Corpus, Moment, representation_metrics
 from sslscale.objectives.clustering import Clustering, NumClusters, split_heads
@@ -70,7 +71,9 @@ class SeLa(Clustering):
         """Held-out samples have no label: they are given those of another view of them."""
         assert batch.partner is not None
         log_p, log_q = (self.log_probs(self.backbone(part["view"])) for part in (batch, batch.partner))
-        return label_losses(log_p, sela_labels(log_q, self.sharpness))
+        everyone = gather_rows(log_q.movedim(1, 0)).movedim(0, 1)  # all labels equally often, over all ranks
+        own = slice(rank() * log_q.shape[1], (rank() + 1) * log_q.shape[1])
+        return label_losses(log_p, sela_labels(everyone, self.sharpness)[:, own])
 
 
 def sela_labels(log_p: Tensor, sharpness: float) -> Tensor:

@@ -49,7 +49,8 @@ class TransformLikelihood(Objective):
         self.views = Transformed(recipe, self.maps, copies)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        views, which = batch["views"].flatten(0, 1), batch["which"].flatten()
+        views = batch["views"].transpose(0, 1).flatten(0, 1)  # the first copy of every image first
+        which = batch["which"].T.flatten()
         features = self.backbone(views)
         logits = self.head(features)
         return {

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslscale.errors import StageError, UserError
 from sslscale.models.collectives import gather_rows, rank, world_size
@@ -73,11 +74,17 @@ class TrainingCorpus:
 
         Every rank takes the same samples, so that the statistics do not depend on the number of ranks.
         """
+        training = backbone.training
+        backbone.eval()  # nothing is dropped meanwhile
+        for module in backbone.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(training)
         for turn in range(_SETTLING):
             self._feed()
             inputs, read = self._load(turn % self._chunks)
             if read.any():
                 backbone(as_input(inputs[read].to(self._device)))
+        backbone.train(training)
 
     @torch.no_grad()
     def map(self, function: Callable[[Tensor, KeyedRandom], Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslscale.config import PretrainConfig
 from sslscale.errors import StageError, UserError
@@ -36,14 +37,26 @@ class StepResult:
     """Some rank was asked to stop; every rank learns it at the same step."""
 
 
-def accumulation(config: PretrainConfig, world_size: int, whole_batch: bool) -> tuple[int, int]:
-    """(micro-batch of one rank, passes a step). The global batch stays what it is at every world size."""
+def whole_batch(objective: Objective) -> str | None:
+    """Why a batch of this objective must not be split; None where it may be."""
+    if objective.needs_whole_batch:
+        return "compares all samples of a batch"
+    if any(isinstance(module, _BatchNorm) and module.training for module in objective.modules()):
+        return "trains BatchNorm, which normalises by all samples of a batch"
+    return None
+
+
+def accumulation(config: PretrainConfig, world_size: int, whole: str | None) -> tuple[int, int]:
+    """(micro-batch of one rank, passes a step). The global batch stays what it is at every world size.
+
+    `whole` is what `whole_batch` says. UserError where the batch would have to be split and must not be.
+    """
     share = config.global_batch // world_size
     limit = config.micro_batch or share
     passes = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= limit)
-    if passes > 1 and whole_batch:
+    if passes > 1 and whole is not None:
         raise UserError(
-            f"the objective {config.objective.get('name')!r} compares all samples of a batch, so it cannot accumulate",
+            f"the objective {config.objective.get('name')!r} {whole}, so it cannot accumulate",
             got=f"global_batch={config.global_batch} on {world_size} ranks with micro_batch={limit}",
             allowed=f"micro_batch >= {share}",
             fix="raise pretrain.micro_batch or num_workers, or lower pretrain.global_batch",
@@ -83,7 +96,7 @@ class Engine:
         self.config, self.total_steps, self.device = config, total_steps, device
         self.objective, self._universal = objective, universal
         self.world_size = dist.get_world_size()
-        self.micro_batch, self.passes = accumulation(config, self.world_size, objective.needs_whole_batch)
+        self.micro_batch, self.passes = accumulation(config, self.world_size, whole_batch(objective))
         self._optimizer = build_optimizer(objective, config.optimizer)
         self._bad = torch.zeros((), device=device)
         # Hooks see a gradient before DeepSpeed reduces, partitions or frees it, at every stage.

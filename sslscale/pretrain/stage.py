@@ -109,7 +109,7 @@ def _check_views(config: RunConfig) -> None:
 
     from sslscale.models.export import build_backbone
     from sslscale.objectives import build_objective
-    from sslscale.pretrain.engine import accumulation
+    from sslscale.pretrain.engine import accumulation, whole_batch
 
     assert config.pretrain is not None
     with torch.device("meta"):
@@ -118,7 +118,7 @@ def _check_views(config: RunConfig) -> None:
             backbone.checkpoint_activations()
         objective = build_objective(config.pretrain.objective, backbone, config.pretrain.views)
     for world_size in config.pretrain.world_sizes:
-        accumulation(config.pretrain, world_size, objective.needs_whole_batch)
+        accumulation(config.pretrain, world_size, whole_batch(objective))
     if config.pretrain.zero_stage > objective.max_zero_stage:
         raise UserError(
             f"the objective {config.pretrain.objective['name']!r} reads whole parameters after every step",

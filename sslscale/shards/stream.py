@@ -79,7 +79,8 @@ def read_spans(shards: ShardSet, spans: Sequence[Span]) -> Iterator[Sample | Fai
 
 def spread_spans(shards: ShardSet, limit: int) -> list[Span]:
     """The spans of at most `limit` samples, spread evenly over the dataset."""
-    ids = np.arange(0, shards.num_samples, max(1, shards.num_samples // limit))[:limit]
+    count = min(limit, shards.num_samples)
+    ids = np.arange(count) * shards.num_samples // max(1, count)
     numbers = np.searchsorted(shards.offsets + shards.counts, ids, side="right")
     records = ids - shards.offsets[numbers]
     return [Span(shard, record, record + 1) for shard, record in zip(numbers.tolist(), records.tolist(), strict=True)]

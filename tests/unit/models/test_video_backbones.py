@@ -82,6 +82,16 @@ def test_a_window_sees_frames_in_a_row_as_channels():
         build(WINDOW.model_copy(update={"window": 5}))
 
 
+@torch.no_grad()
+def test_a_window_of_a_vit_has_the_outputs_of_its_tokens():
+    vit = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    backbone = build(
+        WINDOW.model_copy(update={"architecture": "vit_tiny_patch16_224", "kwargs": vit, "stem": "default"})
+    )
+    assert backbone.take(clips(), "cls").shape == backbone.take(clips(), "tokens_mean").shape == (3, 24)
+    torch.testing.assert_close(backbone.tokens(clips()[:, 0]), backbone.tokens(clips()[:, 0].repeat(1, 3, 1, 1)))
+
+
 def test_image_objectives_are_given_one_frame_of_each_clip():
     backbone, x = build(MEAN), clips(64)
     objective = build_objective({"name": "simclr"}, backbone, AugmentConfig(size=16))
@@ -99,6 +109,11 @@ def test_image_objectives_are_given_one_frame_of_each_clip():
 def test_an_objective_that_does_not_fit_a_backbone_is_refused(objective, config):
     with pytest.raises(UserError, match="do not fit"):
         build_objective({"name": objective}, build_backbone(config), AugmentConfig(size=16))
+
+
+def test_an_objective_of_images_would_leave_a_gru_untrained():
+    with pytest.raises(UserError, match="leave the GRU untrained"):
+        build_objective({"name": "simclr"}, build(GRU), AugmentConfig(size=16))
 
 
 def test_tubelets_that_do_not_tile_the_clip_are_refused():

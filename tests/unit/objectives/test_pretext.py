@@ -83,6 +83,12 @@ def test_colorization_sees_no_colour_and_balances_the_colours_that_it_saw():
     torch.testing.assert_close(objective.backbone(images), objective.backbone(grey(images)), rtol=1e-4, atol=1e-5)
 
 
+def test_colorization_refuses_channels_that_would_not_stay_equal():
+    coloured = RESNET.model_copy(update={"mean": [0.49, 0.48, 0.45]})
+    with pytest.raises(UserError, match="whose channels must stay equal"):
+        build_objective({"name": "colorization"}, Backbone(coloured), AugmentConfig(size=16))
+
+
 def test_colorization_refuses_grey_images_and_names_inpainting():
     with pytest.raises(UserError, match="inpainting"):
         build_objective(

@@ -34,6 +34,16 @@ H, B, K, D = 3, 7, 4, 5
 EXACT = {"rel": 1e-9, "abs": 1e-9}
 
 
+def test_terms_that_would_be_computed_again_with_anothers_draws_are_refused():
+    vit = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}
+    backbone = Backbone(BackboneConfig(architecture="vit_tiny_patch16_224", kwargs=vit, channels=1))
+    terms = {"name": "joint", "terms": [{"objective": {"name": "rotation"}}, {"objective": {"name": "simclr"}}]}
+    build_objective(terms, backbone, AugmentConfig(size=16))
+    backbone.checkpoint_activations()
+    with pytest.raises(UserError, match="draw as the last one"):
+        build_objective(terms, backbone, AugmentConfig(size=16))
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

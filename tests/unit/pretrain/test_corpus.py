@@ -13,6 +13,7 @@ from tars import encode_png, write_tar
 
 from sslscale.corpus import TOOLS
 from sslscale.errors import StageError, UserError
+from sslscale.models.drop_path import KeyedDropPath
 from sslscale.pretrain.corpus import TrainingCorpus
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.loader import TrainLoader
@@ -87,6 +88,25 @@ def test_centroids_are_those_of_k_means_and_too_many_are_refused(shards):
     assert sorted(seen.centroids(features, 2).flatten().tolist()) == [0.0, 1.0]
     with pytest.raises(UserError, match="more clusters than samples"):
         seen.centroids(features, 599)
+
+
+def test_settling_drops_nothing_and_leaves_the_mode_as_it_was(shards):
+    class Drops(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop = torch.nn.BatchNorm2d(1), KeyedDropPath(0.5)  # not told yet which samples it sees
+
+        def forward(self, x):
+            return self.drop(self.norm(x))
+
+    module = Drops()
+    corpus(shards).settle(module)
+    assert module.training and module.norm.training and module.drop.training
+    assert module.norm.running_mean.item() > 0.3
+    module.eval()
+    before = module.norm.running_mean.clone()
+    corpus(shards).settle(module)
+    assert torch.equal(module.norm.running_mean, before) and not module.norm.training
 
 
 def test_untrained_batch_norm_is_given_the_statistics_of_what_can_be_read(shards):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from sslscale.config import OptimizerConfig, PretrainConfig
+from sslscale.config import AugmentConfig, BackboneConfig, OptimizerConfig, PretrainConfig
 from sslscale.errors import UserError
+from sslscale.models.image import Backbone
+from sslscale.objectives import build_objective
 from sslscale.pretrain.checkpoint import TrainState
-from sslscale.pretrain.engine import accumulation
+from sslscale.pretrain.engine import accumulation, whole_batch
 from sslscale.pretrain.optimizer import build_optimizer, learning_rate
 from sslscale.shards.plan import Cursor
 
@@ -51,13 +53,30 @@ def test_a_skipped_step_changes_neither_parameters_nor_moments(name):
 )
 def test_the_global_batch_stays_and_the_passes_follow(world, micro, expected):
     config = PretrainConfig(global_batch=64, micro_batch=micro)
-    size, passes = accumulation(config, world, whole_batch=False)
+    size, passes = accumulation(config, world, None)
     assert (size, passes) == expected and size * passes * world == 64
+
+
+def test_batch_norm_needs_the_whole_batch():
+    recipe = AugmentConfig(size=16)
+    vit = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    objectives = [
+        build_objective({"name": name}, Backbone(BackboneConfig(channels=1, **backbone)), recipe)
+        for name, backbone in [
+            ("rotation", {"architecture": "resnet18"}),
+            ("rotation", {"architecture": "vit_tiny_patch16_224", "kwargs": vit}),
+            ("simclr", {"architecture": "vit_tiny_patch16_224", "kwargs": vit}),
+        ]
+    ]
+    reasons = [whole_batch(objective) for objective in objectives]
+    assert "BatchNorm" in reasons[0] and reasons[1] is None and "compares" in reasons[2]
+    objectives[0].backbone.freeze()
+    assert whole_batch(objectives[0]) is None
 
 
 def test_an_objective_that_needs_the_whole_batch_refuses_to_accumulate():
     with pytest.raises(UserError, match="cannot accumulate"):
-        accumulation(PretrainConfig(global_batch=64, micro_batch=16), 1, whole_batch=True)
+        accumulation(PretrainConfig(global_batch=64, micro_batch=16), 1, "compares all samples")
 
 
 def test_a_train_state_round_trips_through_json():

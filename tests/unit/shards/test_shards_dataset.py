@@ -4,11 +4,13 @@ import json
 import pickle
 
 import fsspec
+import numpy as np
 import pytest
 
 from sslscale.errors import UserError
 from sslscale.shards.cache import ShardCache
 from sslscale.shards.dataset import open_shards, write_index
+from sslscale.shards.stream import spread_spans
 
 
 def test_one_pass_makes_shards_json_and_later_calls_read_it(make_shards):
@@ -57,6 +59,14 @@ def test_remote_shards_are_copied_once(make_shards, tmp_path):
     memory.rm("/bucket", recursive=True)
     assert shards.local_path(shards.shards[1]) == path
     assert all(not name.name.startswith(".") for name in path.parent.iterdir())
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 8, 20])
+def test_samples_are_spread_over_the_whole_dataset(make_shards, limit):
+    shards = open_shards(str(make_shards([3, 5])))
+    ids = [int(shards.offsets[span.shard]) + span.start for span in spread_spans(shards, limit)]
+    assert len(set(ids)) == min(limit, 8) and ids == sorted(ids)
+    assert max(np.diff([*ids, 8])) <= -(-8 // min(limit, 8))
 
 
 def test_damage_without_a_promise_counts_as_one_lost_sample(make_shards):
