@@ -21,14 +21,21 @@ HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
 _START_TOLERANCE_SECONDS = 2.0  # the kernel's idea of when it booted moves as the clock is corrected
 
+_lost = threading.Event()
+
+
+def lost() -> bool:
+    """Whether the run that this process held last is another's now: nothing more may be written to it."""
+    return _lost.is_set()
+
 
 class Lease:
     """RUN/.lease/<number>: who holds the directory, renewed by a heartbeat.
 
     A lease is taken by creating the next number: of many who try, one succeeds, on disks, mounts and object stores
     alike. So a dead holder's successor is one process, too, and the holder who was only slow finds a higher number at
-    its next heartbeat and stops. A holder on this machine whose process is gone is dead at once; one elsewhere is dead
-    when its heartbeat is older than LEASE_SECONDS.
+    its next heartbeat and stops at once, as if interrupted, without saving. A holder on this machine whose process is
+    gone is dead at once; one elsewhere is dead when its heartbeat is older than LEASE_SECONDS.
     """
 
     def __init__(self, run: Path) -> None:
@@ -49,6 +56,7 @@ class Lease:
                 raise _in_use(self.run, self._read(own))
             self.path = self._file(own)
             self._check_alone(own)
+            _lost.clear()
         except OSError as error:
             raise UserError(
                 "the run directory cannot be written",
@@ -94,6 +102,7 @@ class Lease:
                 if not newest or self._file(newest[0]) != self.path:
                     holder = self._read(newest[0]) if newest else None
                     print(f"error: {_in_use(self.run, holder)}", file=sys.stderr, flush=True)
+                    _lost.set()
                     os.kill(os.getpid(), signal.SIGINT)
                     return
                 storage.write_atomic(self.path, json.dumps(self._record()))

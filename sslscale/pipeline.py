@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from sslscale import lease
 from sslscale.config import RunConfig, dump_config
 from sslscale.errors import EXIT_SIGTERM, EXIT_USAGE, Interrupted, UserError
 from sslscale.provenance import provenance
@@ -139,7 +140,7 @@ def run_stages(
                 run.record(counts={stage: _counts(results[stage])})
         except BaseException as error:
             refused = isinstance(error, UserError) and error.exit_code == EXIT_USAGE
-            if changed or not refused:  # what is refused at once leaves the run as it was
+            if (changed or not refused) and not lease.lost():  # what is refused at once leaves the run as it was
                 stopped = isinstance(error, Interrupted | KeyboardInterrupt)
                 with contextlib.suppress(OSError):  # a full disk must not hide what it led to
                     run.record(status="interrupted" if stopped else "failed")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tarfile
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sslscale import storage
 from sslscale.config import EmbedConfig, RunConfig
 from sslscale.embed.stage import embed_dataset
 from sslscale.errors import UserError
@@ -21,7 +24,7 @@ from sslscale.features import FeatureSet, open_features
 from sslscale.features.files import replacing
 from sslscale.index.search import Index
 from sslscale.models.load import EmbedderSpec
-from sslscale.rundir import RunDir, read_json
+from sslscale.rundir import RunDir, discard, read_json
 from sslscale.runtime.base import Runtime, make_runtime
 
 QUERIES = "queries"  # the dataset that images to be searched with are embedded as
@@ -115,7 +118,7 @@ def _embedded_image(run: RunDir, index: Index, image: Path) -> tuple[np.ndarray,
 
 
 def _embedded(
-    run: RunDir, index: Index, shards: str, scratch: Path, runtime: Runtime, workers: int
+    run: RunDir, index: Index, shards: str, scratch: str | Path, runtime: Runtime, workers: int
 ) -> tuple[FeatureSet, int]:
     """The features of `shards`, made as the indexed ones were, and how many samples could not be read."""
     made = run.stage_path("embed", next(iter(index.features.stores)))
@@ -131,6 +134,20 @@ def _embedded(
     with RunDir(scratch) as theirs:
         result = embed_dataset(theirs, config, runtime, QUERIES, _embedder(run, made))
         return open_features(theirs, [QUERIES]), result["failed"]
+
+
+@contextlib.contextmanager
+def _scratch(run: RunDir, runtime: Runtime) -> Iterator[str]:
+    """The location of a run for queries: on this machine, or, where workers may be on others, within the run's own."""
+    if runtime.name == "local":
+        with tempfile.TemporaryDirectory(prefix="sslscale-") as folder:
+            yield str(Path(folder, "run"))
+        return
+    location = f"{storage.shown(run.path)}/{QUERIES}-{uuid.uuid4().hex}"
+    try:
+        yield location
+    finally:
+        discard(storage.local_path(location))
 
 
 def _embedder(run: RunDir, made: Path) -> EmbedderSpec:
@@ -167,8 +184,8 @@ def search_shards(
     schema = pa.schema(
         {"query": pa.string(), "rank": pa.int32(), "key": pa.string(), "dataset": pa.string(), "distance": pa.float32()}
     )
-    with tempfile.TemporaryDirectory(prefix="sslscale-") as scratch, replacing(output) as temporary:
-        features, failed = _embedded(run, index, queries, Path(scratch, "run"), runtime, workers)
+    with _scratch(run, runtime) as scratch, replacing(output) as temporary:
+        features, failed = _embedded(run, index, queries, scratch, runtime, workers)
         with pq.ParquetWriter(temporary, schema) as writer:
             for start in range(0, features.num_rows, BATCH):
                 own = features.row_ids(np.arange(start, min(start + BATCH, features.num_rows)))

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sslscale import storage
+from sslscale import lease, storage
 from sslscale.config import PretrainConfig, RunConfig
 from sslscale.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, StageError, UserError
 from sslscale.pretrain.ranks import MOVE, OUTCOME, STACKS, STOP, run_in_group, run_rank
@@ -111,7 +111,7 @@ class _Launch:
             if isinstance(failure, UserError):
                 raise failure
             if isinstance(failure, NoRoom):
-                if (self.folder / STOP).exists():
+                if storage.appeared(self.folder / STOP, every=0.0):
                     return None
                 limit = largest(self.sizes, size - 1)
                 _say(f"no room for {size} ranks yet, waiting")
@@ -126,7 +126,7 @@ class _Launch:
                 retries = outcome["result"].pop("storage_retries")
                 storage.count_retries(0 if self.group.shares_process else retries)
                 return {**outcome["result"], "restarts": self.restarts, "moves": self.moves}
-            if (self.folder / STOP).exists():
+            if storage.appeared(self.folder / STOP, every=0.0):
                 return None
             self.moves += 1
             _say("the ranks have saved, and start again where there is room")
@@ -156,7 +156,7 @@ class _Launch:
 
     def _count_loss(self, failure: BaseException, progressed: bool) -> None:
         self.left = (self.config.max_restarts if progressed else self.left) - 1
-        if self.left < 0 or (self.folder / STOP).exists():
+        if self.left < 0 or storage.appeared(self.folder / STOP, every=0.0):
             lines = str(failure).strip().splitlines()
             raise StageError(
                 "pretrain: the ranks stopped before the end, and restarting them did not help",
@@ -215,6 +215,8 @@ def _stop_on_signal(stop_file: Path) -> Iterator[list[int]]:
     received: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
+        if lease.lost():
+            raise KeyboardInterrupt  # to ask the ranks would be to ask those of who holds the run now
         received.append(EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM)
         stop_file.touch()
         signal.signal(number, previous[signal.Signals(number)])

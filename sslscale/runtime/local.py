@@ -8,7 +8,8 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -34,9 +35,12 @@ class LocalRuntime:
     def pool(
         self, worker: type, setup: Mapping[str, Any], workers: int, resources: Resources = Resources()
     ) -> contextlib.AbstractContextManager[Pool]:
+        gpus = _visible_gpus() if resources.gpus else [None]
+        if resources.gpus:
+            workers = min(workers, len(gpus))  # one each
         if workers == 1:
             return contextlib.nullcontext(_InlinePool(Worker(worker, setup, resources.threads)))
-        return _ProcessPool(pickle.dumps((worker, dict(setup))), resources.threads, workers, self._max_retries)
+        return _ProcessPool(pickle.dumps((worker, dict(setup))), resources.threads, workers, self._max_retries, gpus)
 
     def close(self) -> None:
         """Nothing to release: a pool ends its own workers."""
@@ -54,21 +58,25 @@ class _InlinePool:
 class _Child:
     """A spawned process and our end of its pipe."""
 
-    def __init__(self, payload: bytes, threads: int) -> None:
+    def __init__(self, payload: bytes, threads: int, gpu: str | None) -> None:
+        self.gpu = gpu
         self.connection, theirs = _SPAWN.Pipe()
-        self.process = _SPAWN.Process(target=_serve, args=(theirs, payload, threads), daemon=True)
+        self.process = _SPAWN.Process(target=_serve, args=(theirs, payload, threads, gpu), daemon=True)
         self.process.start()
         theirs.close()  # so that the pipe ends when the child does
         self.holds: bytes | None = None  # the broadcast that it was sent last
 
 
 class _ProcessPool(DispatchPool[_Child]):
-    def __init__(self, payload: bytes, threads: int, workers: int, max_retries: int) -> None:
+    def __init__(
+        self, payload: bytes, threads: int, workers: int, max_retries: int, gpus: Sequence[str | None]
+    ) -> None:
         super().__init__(workers, max_retries)
         self._payload, self._threads = payload, threads
+        self._free = deque(gpus[at % len(gpus)] for at in range(workers))  # a worker's that is lost is its successor's
 
     def _start(self) -> _Child:
-        return _Child(self._payload, self._threads)
+        return _Child(self._payload, self._threads, self._free.popleft())
 
     def _publish(self, broadcast: Any) -> bytes:
         return pickle.dumps(broadcast, protocol=pickle.HIGHEST_PROTOCOL)
@@ -91,14 +99,26 @@ class _ProcessPool(DispatchPool[_Child]):
             return by_connection[connection], None
 
     def _stop(self, worker: _Child) -> None:
+        self._free.append(worker.gpu)
         worker.process.kill()
         worker.process.join()
         worker.process.close()
         worker.connection.close()
 
 
-def _serve(connection: Connection, payload: bytes, threads: int) -> None:
+def _visible_gpus() -> list[str | None]:
+    """The names that CUDA_VISIBLE_DEVICES has for the GPUs of this process."""
+    import torch
+
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [*given[:count]] if len(given) >= count > 0 and given[0] else [str(number) for number in range(count)]
+
+
+def _serve(connection: Connection, payload: bytes, threads: int, gpu: str | None) -> None:
     """The life of a spawned process: builds its worker, then answers until its pipe ends."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything initialises CUDA
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     threading.Thread(target=end_with_parent, daemon=True).start()
     host = WorkerHost()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ from tars import encode_png, write_tar
 from sslscale.config import RunConfig
 from sslscale.embed.stage import run_embed
 from sslscale.errors import UserError
-from sslscale.index import Index
+from sslscale.index import Index, query
 from sslscale.index.build import run_index
 from sslscale.index.query import run_search, search_shards
 from sslscale.rundir import RunDir
@@ -74,9 +75,16 @@ def test_vectors_of_a_file(folder):
     assert [(row["query"], row["key"]) for row in found if row["distance"] < 1e-4] == [(0, "k05"), (1, "k33")]
 
 
-def test_shards_of_queries(folder, tmp_path):
-    output = tmp_path / "found.parquet"
-    counted = search_shards(RunDir(folder / "run"), LOCAL, queries=str(folder / "queries"), output=output, k=4)
+@pytest.mark.parametrize("name", ["local", "ray"])
+def test_shards_of_queries(folder, tmp_path, name, monkeypatch):
+    output, before = tmp_path / "found.parquet", sorted((folder / "run").iterdir())
+    runtime, seen = make_runtime("local"), []
+    runtime.name = name  # the workers of Ray may be on other machines: they share the run's location only
+    original = query._embedded
+    monkeypatch.setattr(query, "_embedded", lambda *args: seen.append(Path(args[3])) or original(*args))
+    counted = search_shards(RunDir(folder / "run"), runtime, queries=str(folder / "queries"), output=output, k=4)
+    assert (folder / "run" in seen[0].parents) == (name == "ray") and not seen[0].exists()
+    assert sorted((folder / "run").iterdir()) == before
     assert (counted["queries"], counted["failed"]) == (5, 1)
     rows = pq.read_table(output).to_pylist()
     assert len(rows) == 20 and [row["rank"] for row in rows[:4]] == [0, 1, 2, 3]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +126,14 @@ def test_ranks_move_when_there_is_room_for_more(tmp_path, monkeypatch):
 
     group = ScriptedGroup(tmp_path, full, finish, room=1)
     assert run(group, num_workers=[1, 2])["moves"] == 1 and group.sizes == [1, 2]
+
+
+def test_who_has_lost_the_run_asks_no_ranks_to_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.lease, "lost", lambda: True)
+    with pytest.raises(KeyboardInterrupt), launch._stop_on_signal(tmp_path / STOP):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert not (tmp_path / STOP).exists()
 
 
 def test_a_stop_ends_without_a_result(tmp_path):

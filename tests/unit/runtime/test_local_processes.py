@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sslscale.runtime.base import Pool, make_runtime
+from sslscale.runtime.base import Pool, Resources, make_runtime
 from sslscale.runtime.local import LocalRuntime
 
 
@@ -91,3 +91,26 @@ def test_make_runtime_starts_nothing() -> None:
     runtime.close()
     assert runtime.name == "ray"
     assert psutil.Process().children(recursive=True) == before
+
+
+class SeesGpu:
+    def see(self, item: int, broadcast: Any) -> str:
+        time.sleep(0.2)  # so that each worker gets an item
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    def die_of(self, gpu: str, broadcast: str) -> str:
+        mark = Path(broadcast) / "died"
+        if os.environ["CUDA_VISIBLE_DEVICES"] == gpu and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.see(0, None)
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    with LocalRuntime().pool(SeesGpu, {}, 4, Resources(gpus=1.0)) as pool:
+        assert {seen for _, seen in pool.map("see", range(4))} == {"3", "5"}
+        assert {seen for _, seen in pool.map("die_of", ["5"] * 4, str(tmp_path))} == {"3", "5"}
+    assert (tmp_path / "died").exists()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
