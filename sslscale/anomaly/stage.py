@@ -7,6 +7,7 @@ anomaly/<name>/neighbours/<dataset>/part-00042.npy  int64 (n, k), row ids within
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,22 +133,39 @@ def _score_parts(
 def _result(
     stage: Stage, settings: AnomalyConfig, features: FeatureSet, reference: FeatureSet | None
 ) -> dict[str, Any]:
-    scores = np.concatenate([open_npy(stage.path / "scores" / part.file) for part in features.parts])
+    by_dataset = {
+        name: [open_npy(stage.path / "scores" / part.file) for part in features.parts if part.dataset == name]
+        for name in features.stores
+    }
+    total = sum(float(part.sum(dtype=np.float64)) for parts in by_dataset.values() for part in parts)
     result: dict[str, Any] = {
         "num_samples": features.num_rows,
         "num_reference": reference.num_rows if reference else 0,
         "reference": list(reference.stores) if reference else [],
         "k": settings.k if reference else None,
         "metric": settings.metric,
-        "mean_score": float(scores.mean()),
-        "measures": anomaly_measures(scores, features.labels(), settings.normal_labels),
+        "mean_score": total / features.num_rows,
+        "measures": _measures(settings, features, by_dataset),
     }
     if len(features.stores) > 1:
         result["datasets"] = {
             name: {
-                "num_samples": here.stop - here.start,
-                "measures": anomaly_measures(scores[here], features.labels(name), settings.normal_labels),
+                "num_samples": features.stores[name].num_rows,
+                "measures": _measures(settings, features, {name: parts}),
             }
-            for name, here in features.slices.items()
+            for name, parts in by_dataset.items()
         }
     return result
+
+
+def _measures(
+    settings: AnomalyConfig, features: FeatureSet, by_dataset: Mapping[str, Sequence[np.ndarray]]
+) -> dict[str, Any]:
+    """Of the datasets given; only where it is known what is normal are all their scores in memory at a time."""
+    if settings.normal_labels is None:
+        return anomaly_measures(np.empty(0), None, None)
+    labels = [features.stores[name].labels() for name in by_dataset]
+    known = [part for part in labels if part is not None]
+    everyone = np.concatenate(known) if len(known) == len(labels) else None
+    scores = np.concatenate([part for parts in by_dataset.values() for part in parts])
+    return anomaly_measures(scores, everyone, settings.normal_labels)

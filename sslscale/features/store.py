@@ -10,7 +10,10 @@ A row id is `part << 32 | row`, as int64.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,6 +32,7 @@ from sslscale.rundir import hash_file, hash_json, read_json, write_json
 FORMAT_VERSION = 2
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
 ROW_GROUP = 4096  # rows that one look-up by row id has to decode
+SORTED_ROWS = 2**20  # of the id table that are sorted at a time; more where there are more than 256 times as many
 
 
 def row_id(part: int, row: Any) -> Any:
@@ -134,16 +138,34 @@ class FeatureStore:
         """Makes the parts whose records these are (0 .. P-1, any order) the store: the id table, then features.json."""
         self.parts = tuple(sorted((StoredPart(**record) for record in records), key=lambda part: part.part))
         assert [part.part for part in self.parts] == list(range(len(self.parts))), "parts are numbered without gaps"
-        ids = np.empty((3, self.num_rows), dtype=np.uint64)
-        start = 0
-        for part in self.parts:
-            stop = start + part.rows
-            ids[:2, start:stop] = hash_keys(self.table(part.part, ["key"]).column("key").to_pylist())
-            ids[2, start:stop] = row_id(part.part, np.arange(part.rows))
-            start = stop
-        write_npy(self.path / "ids.npy", ids[:, np.argsort(ids[0], kind="stable")])
+        self._write_ids()
         counts = {"format_version": FORMAT_VERSION, "num_rows": self.num_rows}
         write_json(self.path / "features.json", {**counts, **self._record()})
+
+    def _write_ids(self) -> None:
+        """ids.npy: uint64 (3, N), two hashes of each key and its row id, by the first hash.
+
+        Rows go to files by the first bits of that, and from each, sorted, to their place: memory is that of one file.
+        """
+        bits = min(8, max(0, math.ceil(math.log2(max(self.num_rows, 1) / SORTED_ROWS))))
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.path / "ids.npy"))
+            files = [stack.enter_context(tempfile.TemporaryFile(dir=self.path)) for _ in range(2**bits)]
+            for part in self.parts:
+                keys = self.table(part.part, ["key"]).column("key").to_pylist()
+                rows = np.stack([*hash_keys(keys), row_id(part.part, np.arange(part.rows)).astype(np.uint64)], axis=1)
+                first = (rows[:, 0] >> np.uint64(56)) >> np.uint64(8 - bits)
+                for number, file in enumerate(files):
+                    file.write(rows[first == number].tobytes())
+            shape = (3, self.num_rows)
+            ids = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=shape)
+            start = 0
+            for file in files:
+                file.seek(0)
+                rows = np.frombuffer(file.read(), dtype=np.uint64).reshape(-1, 3)
+                ids[:, start : start + len(rows)] = rows[np.argsort(rows[:, 0], kind="stable")].T
+                start += len(rows)
+            ids.flush()
 
     # -------------------------------------------------------------- reading
 

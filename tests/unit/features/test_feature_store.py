@@ -84,6 +84,17 @@ def test_keys_whose_hashes_begin_alike_are_told_apart(tmp_path, monkeypatch):
         store.lookup(["k9-9"])
 
 
+@pytest.mark.parametrize("sizes", [(700, 0, 90), (0,)])
+def test_the_id_table_is_the_same_however_much_of_it_is_sorted_at_a_time(tmp_path, sizes, monkeypatch):
+    whole = write_store(tmp_path / "whole", sizes)
+    monkeypatch.setattr("sslscale.features.store.SORTED_ROWS", 9)
+    pieces = write_store(tmp_path / "pieces", sizes)
+    ids = np.load(tmp_path / "whole" / "ids.npy")
+    assert ids.dtype == np.uint64 and ids.shape == (3, sum(sizes)) and (np.diff(ids[0].astype(float)) >= 0).all()
+    assert (tmp_path / "pieces" / "ids.npy").read_bytes() == (tmp_path / "whole" / "ids.npy").read_bytes()
+    assert pieces.identity == whole.identity
+
+
 def test_look_up_opens_no_table(tmp_path, monkeypatch):
     store = write_store(tmp_path)
     for part in store.parts:
