@@ -320,22 +320,14 @@ def pull(folder: Path) -> None:
         if not _lazy(path):
             _fetch(fs, path, info)
     for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds before the folder
-        if path in entries or _NEVER & set(path.relative_to(folder).parts) or _is_arriving(path):
+        if path in entries or _NEVER & set(path.relative_to(folder).parts):
             continue
         with contextlib.suppress(FileNotFoundError):  # another reader does the same
-            if path.is_file():
+            arriving = path.suffix == ".tmp" and time.time() - path.stat().st_mtime < _ARRIVING_SECONDS
+            if path.is_file() and not arriving:
                 path.unlink()
-            elif not any(path.iterdir()):
+            elif path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-
-
-def _is_arriving(path: Path) -> bool:
-    """Whether it is a file that another process is copying here."""
-    try:
-        young = time.time() - path.stat().st_mtime < _ARRIVING_SECONDS
-    except FileNotFoundError:
-        return False
-    return young and path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def names(folder: Path) -> list[str]:

@@ -222,9 +222,8 @@ class KMeansWorker:
 
     def add_range(self, wanted: Range, name: str) -> Totals:
         """Of a range of centroids, over all parts, as `sort` has written them."""
-        files = (
-            self._only(RANGES, name) / f"sorted-{part.number:05d}-{wanted.restart}.npy" for part in self.features.parts
-        )
+        folder = self._only(RANGES, name)
+        files = (folder / f"sorted-{part.number:05d}-{wanted.restart}.npy" for part in self.features.parts)
         parts = ((self.features.block(number), open_npy(file)) for number, file in enumerate(files))
         return add_range(parts, self.metric, wanted)
 

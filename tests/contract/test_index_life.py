@@ -7,46 +7,17 @@ import shutil
 import faiss
 import numpy as np
 import pytest
+from index_cases import DIM, LOCAL, PART_ROWS, PARTS, build, queries, write_store
 
-from sslscale import storage
-from sslscale.config import RunConfig
 from sslscale.errors import StageError, UserError
-from sslscale.features import FeatureStore, open_features
+from sslscale.features import open_features
 from sslscale.index import Index
-from sslscale.index.build import compact_index, run_index
+from sslscale.index.build import compact_index
 from sslscale.index.exact import RowReference, exact_knn
 from sslscale.rundir import RunDir
-from sslscale.runtime.base import make_runtime
 
-DIM, PART_ROWS, PARTS = 16, 500, 8
 LAYOUTS = ("merged", "on_disk", "sharded")
-CENTRES = np.random.default_rng(7).normal(size=(60, DIM))
-
-
-def write_store(path, name, parts=PARTS, first=0):
-    """Clusters; `label` is the row within its part modulo 100, so label = 7 keeps one row in a hundred."""
-    store = FeatureStore.create(path / "embed" / name, dim=DIM, dtype="fp16", normalized=False, backbone="b0")
-    records = []
-    for part in range(parts):
-        generator = np.random.default_rng([len(name), part])
-        rows = CENTRES[generator.integers(0, 60, PART_ROWS)] + generator.normal(scale=0.3, size=(PART_ROWS, DIM))
-        keys = [f"{name}-{part}-{row}" for row in range(PART_ROWS)]
-        labels = [row % 100 for row in range(PART_ROWS)]
-        records.append(store.write_part(part, rows, keys, ["s"] * PART_ROWS, range(PART_ROWS), labels))
-    store.commit(records)
-
-
-def settings(workers=1, **index):
-    index = {"factory": "IVF16,SQfp16", "metric": "l2", "shard_rows": 1000, "recall_queries": 200, **index}
-    return RunConfig.model_validate({"index": index, "runtime": {"name": "local", "workers": workers}})
-
-
-LOCAL = make_runtime("local")
 WITHOUT_GPU = pytest.mark.skipif(faiss.get_num_gpus() > 0, reason="faiss sees a GPU here")
-
-
-def build(run, workers=1, runtime=LOCAL, **index):
-    return run_index(run, settings(workers, **index), runtime)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +32,6 @@ def store(tmp_path_factory):
 def run(store, tmp_path):
     shutil.copytree(store, tmp_path / "run")
     return RunDir(tmp_path / "run")
-
-
-def queries(count=50):
-    generator = np.random.default_rng(1)
-    return CENTRES[generator.integers(0, 60, count)] + generator.normal(scale=0.3, size=(count, DIM))
 
 
 def exact(features, x, k, keep):
@@ -162,88 +128,6 @@ def test_killed_between_shards_the_same_command_goes_on(run):
     shutil.rmtree(run.path / "index")
     build(run)
     assert contents(run.path / "index/main") == resumed
-
-
-class OtherMachine:
-    """A runtime whose only worker is on another machine: a store is all that it shares with the driver."""
-
-    name = "local"
-    device = staticmethod(lambda name: "cpu")
-
-    def __init__(self, home):
-        self.home, self.known = home, {}
-
-    @contextlib.contextmanager
-    def pool(self, worker, setup, workers, resources=None):
-        with self.there():
-            self.worker = worker(**setup)
-        yield self
-
-    def map(self, method, items, broadcast=None):
-        for number, item in enumerate(items):
-            with self.there():
-                found = getattr(self.worker, method)(item, broadcast)
-            yield number, found
-
-    @contextlib.contextmanager
-    def there(self):
-        """Its disk in place of the driver's, and what its process knows in place of what this one does."""
-        ours, theirs, known = self.home.with_name("ours"), self.home.with_name("theirs"), dict(storage._known)
-        theirs.mkdir(exist_ok=True)
-        self.home.rename(ours)
-        theirs.rename(self.home)
-        storage._known.clear()
-        storage._known.update(self.known)
-        try:
-            yield
-        finally:
-            self.known = dict(storage._known)
-            storage._known.clear()
-            storage._known.update(known)
-            self.home.rename(theirs)
-            ours.rename(self.home)
-
-
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,SQfp16"])
-def test_shards_that_another_machine_has_built_are_all_in_the_index(s3, store, factory):
-    run = RunDir(s3)
-    shutil.copytree(store / "embed", run.path / "embed")
-    storage.publish_tree(run.path)
-    result = build(run, runtime=OtherMachine(storage.local_path("s3://bucket")), factory=factory)
-    assert result["num_vectors"] == PARTS * PART_ROWS and result["num_deleted"] == 0
-    assert storage.names(run.path / "index/main/shards") == [], "what is merged leaves the store"
-    ours, _ = Index.open(run).search(queries(), 5)
-    with contextlib.closing(make_runtime("local")) as runtime:
-        build(RunDir(store), runtime=runtime, factory=factory)
-    np.testing.assert_array_equal(ours, Index.open(RunDir(store)).search(queries(), 5)[0])
-    shutil.rmtree(store / "index")
-
-
-def test_a_dataset_that_was_embedded_later_is_searched_too(tmp_path):
-    run = RunDir(tmp_path)
-    write_store(tmp_path, "train", 2)
-    build(run)
-    write_store(tmp_path, "val", 1)
-    assert build(run)["datasets"] == ["train", "val"]
-    index = Index.open(run)
-    _, ids = index.search(queries(), 5)
-    assert any(key.startswith("val") for key in index.keys(ids.ravel()))
-
-
-def test_features_that_were_embedded_again_are_indexed_anew_where_it_is_asked_for(tmp_path):
-    run = RunDir(tmp_path)
-    write_store(tmp_path, "train", 2)
-    build(run)
-    shutil.rmtree(tmp_path / "embed")
-    write_store(tmp_path, "train", 3)
-    (tmp_path / "embed/train/features.json").write_text(
-        (tmp_path / "embed/train/features.json").read_text().replace('"sha256": "', '"sha256": "0')
-    )
-    with pytest.raises(UserError, match="from other features") as error:
-        build(run)
-    assert "--overwrite" in str(error.value)
-    result = run_index(run, settings(), LOCAL, overwrite=True)
-    assert result["num_vectors"] == 3 * PART_ROWS and result["num_deleted"] == 0
 
 
 # ------------------------------------------------------------------ filters
