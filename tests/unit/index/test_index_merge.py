@@ -12,7 +12,7 @@ from sslscale.index.merge import merge_files, merge_rows
         ("IVF32,Flat", True),
         ("IVF32,SQfp16", True),
         ("PCA8,IVF32_HNSW32,SQ8", True),
-        ("IVF32,PQ4x4fs,Refine(SQfp16)", False),
+        ("RR16,IVF32,PQ4x4fs,Refine(SQfp16)", False),
         ("SQ8", False),
     ],
 )
