@@ -15,6 +15,7 @@ from sslscale.index.all_pairs import Neighbours
 CANDIDATE_SHARE = 0.3
 OUTSTANDING_SHARE = 0.1
 FLOOR_SHARE = 0.01  # of the median of these distances, for samples whose k neighbours are all duplicates
+CROWD_SHARE = 0.1  # of that median: so near a pair is compared even where it does not stand out, for the same samples
 
 
 def content_hashes(features: FeatureSet) -> np.ndarray:
@@ -41,11 +42,12 @@ def near_pairs(neighbours: Neighbours, threshold: float | None) -> tuple[np.ndar
     With a threshold those whose cosine similarity reaches it; else those that are much nearer than the neighbourhood.
     """
     features = neighbours.features
-    floor = FLOOR_SHARE * float(np.median(np.concatenate([blocks[0][:, -1] for blocks in _blocks(neighbours)])))
+    median = float(np.median(np.concatenate([blocks[0][:, -1] for blocks in _blocks(neighbours)])))
+    floor, crowd = FLOOR_SHARE * median, CROWD_SHARE * median
     pairs, outstanding, start = [], [], 0
     for distances, ids in _blocks(neighbours):
         around = distances[:, -1:]
-        limit = np.maximum(CANDIDATE_SHARE * around, floor) if threshold is None else 1 - threshold
+        limit = np.maximum(CANDIDATE_SHARE * around, crowd) if threshold is None else 1 - threshold
         row, at = np.nonzero(distances <= limit)
         pairs.append(np.stack([start + row, features.positions(ids[row, at])], axis=1))
         outstanding.append((distances <= np.maximum(OUTSTANDING_SHARE * around, floor))[row, at])

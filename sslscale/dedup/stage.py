@@ -15,23 +15,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
+from sslscale import storage
 from sslscale.config import DedupConfig, EmbedConfig, RunConfig
 from sslscale.dedup.compare import same_picture
 from sslscale.dedup.pairs import content_hashes, exact_pairs, groups_of, near_pairs
+from sslscale.embed.corpus import Corpus
 from sslscale.embed.stage import run_embed
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features
 from sslscale.features.files import replacing
 from sslscale.index.all_pairs import all_pairs
 from sslscale.pretrain.stage import dataset_shards
-from sslscale.rundir import RunDir, Stage
+from sslscale.rundir import RunDir, Stage, read_json
 from sslscale.runtime.base import Resources, Runtime
 from sslscale.runtime.progress import Progress
 from sslscale.shards.dataset import ShardSet, write_filtered
-from sslscale.shards.decode import image_bytes
+from sslscale.shards.decode import DecodeError, image_bytes
 
 PAIRS_PER_TASK = 256
+UNREADABLE = (DecodeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # as PIL says it
 
 Place = tuple[str, int, int]  # dataset, shard, record
 
@@ -51,7 +55,9 @@ def run_dedup(
     if not shards:
         raise UserError("the config names no datasets", fix="add datasets.NAME=SHARDS")
     if settings.features == "embedded":
-        stage = _open(run, config, settings, name, open_features(run, names), overwrite)
+        features = open_features(run, names)
+        _check_shards(run, shards)
+        stage = _open(run, config, settings, name, features, overwrite)
         return stage.result if stage.done else _find(run, config, settings, runtime, stage, shards, name, overwrite)
     with RunDir(run.path / "thumbnails") as inner:
         thumbnails = EmbedConfig(
@@ -59,8 +65,27 @@ def run_dedup(
         )
         small = config.model_copy(update={"embed": thumbnails, "pretrain": None})
         run_embed(inner, small, runtime, overwrite=overwrite)
-        stage = _open(run, config, settings, name, open_features(inner, names), overwrite)
+        thumbs = open_features(inner, names)
+        if not thumbs.num_rows:
+            raise UserError(
+                "no sample can be read as an image",
+                got=f"the reasons are in {storage.shown(inner.path)}/embed/*/failed",
+                fix="embed texts and clips, and set dedup.features=embedded with a dedup.threshold",
+            )
+        stage = _open(run, config, settings, name, thumbs, overwrite)
         return stage.result if stage.done else _find(inner, config, settings, runtime, stage, shards, name, overwrite)
+
+
+def _check_shards(run: RunDir, shards: Mapping[str, ShardSet]) -> None:
+    """UserError where features were made from other shards than those that pictures would be read from."""
+    for dataset, own in shards.items():
+        folder = run.stage_path("embed", dataset)
+        if read_json(folder / "result.json")["corpus"] != Corpus.of(own, folder).fingerprint:
+            raise UserError(
+                f"the features of {dataset!r} are of other shards than the config names",
+                got=own.fingerprint,
+                fix="name the shards that were embedded, or embed these first",
+            )
 
 
 def _open(
@@ -81,6 +106,7 @@ def _find(
     overwrite: bool,
 ) -> dict[str, Any]:
     features = open_features(holder, list(shards))
+    embedded = [read_json(holder.stage_path("embed", dataset) / "result.json") for dataset in shards]
     exact = exact_pairs(content_hashes(features))
     k = min(settings.k, features.num_rows - 1)
     near = candidates = np.zeros((0, 2), np.int64)
@@ -107,6 +133,7 @@ def _find(
     return stage.finish(
         {
             "num_samples": features.num_rows,
+            "failed": sum(result["failed"] for result in embedded),
             "kept": features.num_rows - sum(counts.values()),
             **counts,
             "groups": int((kinds == "kept").sum()),
@@ -155,13 +182,13 @@ class CompareWorker:
 
     def compare(self, pairs: Sequence[tuple[Place, Place, bool]], broadcast: None = None) -> list[bool | None]:
         shard = cache(lambda name, number: self.shards[name].open(number))  # open until the task is done
-        data = [[image_bytes(shard(name, number).read(record)) for name, number, record in pair[:2]] for pair in pairs]
+        data = [[shard(name, number).read(record) for name, number, record in pair[:2]] for pair in pairs]
         return [self._same(a, b, pair[2]) for (a, b), pair in zip(data, pairs, strict=True)]
 
-    def _same(self, first: bytes, second: bytes, stands_out: bool) -> bool | None:
+    def _same(self, first: dict[str, Any], second: dict[str, Any], stands_out: bool) -> bool | None:
         try:
-            return same_picture(first, second, stands_out=stands_out)
-        except OSError:  # what torchvision could read and PIL cannot: counted
+            return same_picture(image_bytes(first), image_bytes(second), stands_out=stands_out)
+        except UNREADABLE:  # texts and clips, and what torchvision could read and PIL cannot: counted
             return None
 
 

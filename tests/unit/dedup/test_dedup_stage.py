@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,6 +30,10 @@ def encoded(pixels, format, **options):
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, format, **options)
     return data.getvalue()
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +138,14 @@ def test_workers_and_a_second_call_change_nothing(planted, found, tmp_path):
 
 def test_a_pair_that_cannot_be_read_is_not_called_different(tmp_path):
     picture = encoded(np.arange(64, dtype=np.uint8).reshape(8, 8), "PNG")
-    write_tar(tmp_path / "shards" / "a.tar", [("a.png", picture), ("b.png", picture), ("c.png", picture[:40])])
+    profiled = (
+        picture[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(2**21))) + picture[33:]
+    )  # more than PIL takes
+    members = [("a.png", picture), ("b.png", picture), ("c.png", picture[:40]), ("d.png", profiled), ("e.txt", b"text")]
+    write_tar(tmp_path / "shards" / "a.tar", members)
     worker = CompareWorker({"train": open_shards(str(tmp_path / "shards"))})
-    a, b, c = (("train", 0, record) for record in range(3))
-    assert worker.compare([(a, b, True), (a, c, True)]) == [True, None]
+    a, b, c, d, e = (("train", 0, record) for record in range(5))
+    assert worker.compare([(a, b, True), (a, c, True), (a, d, True), (a, e, True)]) == [True, None, None, None]
 
 
 def test_a_threshold_on_the_features_of_the_run(planted, tmp_path):
@@ -153,6 +163,39 @@ def test_features_that_are_not_there_are_asked_for(planted, tmp_path):
     with RunDir(tmp_path / "run") as run, pytest.raises(UserError, match="sslscale embed"):
         run_dedup(run, config(planted[0], features="embedded"), make_runtime("local"))
     assert not (tmp_path / "run").exists()
+
+
+def test_shards_that_were_not_embedded_are_not_compared(planted, found, tmp_path):
+    filtered = found[1]["lists"]["train"]
+    with RunDir(tmp_path / "run") as run:
+        run_embed(run, config(filtered), make_runtime("local"))
+        with pytest.raises(UserError, match="other shards than the config names"):
+            run_dedup(run, config(planted[0], features="embedded"), make_runtime("local"))
+
+
+def test_all_copies_of_a_picture_that_has_more_than_k(tmp_path):
+    photo, generator = load_sample_images().images[0], np.random.default_rng(1)
+    crops = [
+        photo[y : y + SIDE, x : x + SIDE]
+        for x, y in generator.integers(0, min(photo.shape[:2]) - SIDE, (800, 2))
+        if photo[y : y + SIDE, x : x + SIDE].std() > 15
+    ]
+    copies = [encoded(crops[0], "JPEG", quality=quality) for quality in range(40, 96, 4)]
+    members = [(f"own-{number:03d}.png", encoded(crop, "PNG")) for number, crop in enumerate(crops[:400])]
+    write_tar(tmp_path / "a.tar", [*members, *((f"copy-{number:02d}.jpg", data) for number, data in enumerate(copies))])
+    with RunDir(tmp_path / "run") as run:
+        run_dedup(run, config(tmp_path / "a.tar"), make_runtime("local"))
+        table = pq.read_table(run.path / "dedup/main/duplicates.parquet").to_pylist()
+    (group,) = {row["group"] for row in table if row["key"] == "own-000"}
+    assert sorted(row["key"] for row in table if row["group"] == group) == sorted(
+        ["own-000", *(f"copy-{number:02d}" for number in range(len(copies)))]
+    )
+
+
+def test_texts_have_no_thumbnails(tmp_path):
+    write_tar(tmp_path / "a.tar", [(f"{number}.txt", b"a text") for number in range(3)])
+    with RunDir(tmp_path / "run") as run, pytest.raises(UserError, match="read as an image"):
+        run_dedup(run, config(tmp_path / "a.tar"), make_runtime("local"))
 
 
 def test_pairs_and_groups():
