@@ -5,6 +5,7 @@ What it writes is in `sslscale.index.record`.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,14 +17,14 @@ from sslscale import storage
 from sslscale.config import IndexConfig, RunConfig
 from sslscale.errors import StageError, UserError
 from sslscale.features import FeatureSet, open_features, sample_positions
-from sslscale.features.files import replacing
+from sslscale.features.files import replacing, write_npy
 from sslscale.index.factory import can_merge, empty_index, train, use_gpus
 from sslscale.index.measure import tuned
 from sslscale.index.merge import merge_files, merge_rows
 from sslscale.index.plan import IndexPlan, plan_index
-from sslscale.index.record import IndexedPart, IndexRecord, indexed_parts, write_parts
+from sslscale.index.record import CARRIED, IndexedPart, IndexRecord, deletions, indexed_parts, located, write_parts
 from sslscale.index.shard import BuildWorker, Group, prepared, shard_record, write_index
-from sslscale.rundir import RunDir, Stage, discard, hash_json, read_json
+from sslscale.rundir import RunDir, Stage, discard, hash_json, read_json, write_json
 from sslscale.runtime.base import Resources, Runtime, compute_threads
 from sslscale.runtime.progress import Progress
 
@@ -33,7 +34,8 @@ def run_index(
 ) -> dict[str, Any]:
     """Builds the index of `config.index.datasets`, or adds the parts that it lacks, and measures it.
 
-    Returns result.json. UserError where parts that were indexed have changed since.
+    Returns result.json. UserError where parts that were indexed have changed since. A file that is missing or cut off
+    is made again; what was deleted stays so, also by `overwrite`.
     """
     settings = config.index
     if settings is None:
@@ -43,22 +45,36 @@ def run_index(
     plan = plan_index(settings, features.num_rows, features.dim)
     identity = {**settings.identity(), "seed": config.seed, "threads": config.runtime.threads}
     parents = {"backbone": features.backbone}
-    stage = run.open_stage("index", name, identity, parents, overwrite=overwrite)
-    if overwrite and stage.done and set(IndexRecord(stage.path, stage.result).parts) - set(indexed_parts(features)):
-        discard(stage.path)  # of features that were embedded again since
-        stage = run.open_stage("index", name, identity, parents)
+    stage = _open(run, name, features, identity, parents, overwrite)
     builder = _Builder(stage, settings, config.seed, config.runtime.threads, config.runtime.workers, runtime, features)
     if not stage.done:
         plan.announce(features.num_rows, features.dim)
         return builder.fresh(plan)
-    record = IndexRecord.open(run, name)
+    record = IndexRecord(stage.path, stage.result)
     record.numbers(features)
+    if record.damaged():
+        run.on_start()
+        record = IndexRecord(stage.path, builder.repaired(record, plan))
     known = set(record.parts)
     new = [part for part in indexed_parts(features) if part not in known]
     if not new:
         return record.result
     run.on_start()
     return builder.extended(record, new)
+
+
+def _open(
+    run: RunDir, name: str, features: FeatureSet, identity: dict[str, Any], parents: dict[str, str], overwrite: bool
+) -> Stage:
+    """The stage; one that is overwritten knows what was deleted before."""
+    deleted = deletions(run.stage_path("index", name)) if overwrite else []
+    stage = run.open_stage("index", name, identity, parents, overwrite=overwrite)
+    if overwrite and stage.done and set(IndexRecord(stage.path, stage.result).parts) - set(indexed_parts(features)):
+        discard(stage.path)  # of features that were embedded again since
+        stage = run.open_stage("index", name, identity, parents)
+    if deleted and not stage.done:
+        write_json(stage.path / CARRIED, deleted)
+    return stage
 
 
 def compact_index(run: RunDir, runtime: Runtime, *, name: str = "main", workers: int = 1) -> dict[str, Any]:
@@ -104,7 +120,7 @@ class _Builder:
             "shard_rows": plan.shard_rows,
             "trained": trained,
             "state": 0,
-            "deleted": None,
+            "deleted": self._deleted_before(parts),
         }
         return self._finish(state, parts, self._build(parts, parts, plan.shard_rows, trained), [])
 
@@ -123,6 +139,27 @@ class _Builder:
         result, parts = record.result, record.parts
         shards = self._build(parts, parts, result["shard_rows"], result["trained"], left_out=record.deleted)
         return self._finish({**result, "state": result["state"] + 1}, parts, shards, [])
+
+    def repaired(self, record: IndexRecord, plan: IndexPlan) -> dict[str, Any]:
+        """The same index, in files made again; without what was deleted."""
+        if not (self.stage.path / record.result["trained"]).is_file():
+            with compute_threads(self.threads):
+                record = record.updated(trained=self._train(plan))
+        return self.compacted(record)
+
+    def _deleted_before(self, parts: Sequence[IndexedPart]) -> str | None:
+        """The file of what was deleted from the index that this one is made in place of."""
+        deleted, lost = located(deletions(self.stage.path), parts)
+        if lost:
+            print(
+                f"index: {lost:,} deleted samples were embedded again since: delete their keys again if they are there",
+                file=sys.stderr,
+                flush=True,
+            )
+        if not len(deleted):
+            return None
+        write_npy(self.stage.path / (name := f"deleted-0-{len(deleted)}.npy"), deleted)
+        return name
 
     def _train(self, plan: IndexPlan) -> str:
         """The file of the empty index that all shards start from; its name says what it was trained on."""

@@ -6,8 +6,7 @@ them by the order in which they came: what its numbers mean is kept beside it.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -15,8 +14,11 @@ import numpy as np
 
 from sslscale.errors import UserError
 
-HNSW_TOUCHES = 16  # rows that a graph compares for each place of its candidate list, about
-SCAN_SHARE = 0.1  # up to this share of the rows, fetching them costs less than asking a selector about every row
+REFUSED = {
+    faiss.IndexIDMap: "row ids are kept beside the index",
+    faiss.IndexIVFFlatDedup: "vectors that repeat have no place of their own in it: sslscale dedup finds them",
+    faiss.IndexNSG: "it takes all rows at once: use HNSW",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def empty_index(factory: str, dim: int) -> faiss.Index:
     """An untrained index for rows of `dim` dimensions; UserError where faiss does not understand the string."""
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_L2)
-        reason = "row ids are kept beside the index" if isinstance(index, faiss.IndexIDMap) else None
+        reason = next((why for kind, why in REFUSED.items() if isinstance(layers(index)[-1], kind)), None)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
     if reason is None:
@@ -72,7 +74,8 @@ def can_merge(index: faiss.Index) -> bool:
 def is_streamable(index: faiss.Index) -> bool:
     """Whether all it holds is inverted lists of codes, one after the other: then they are merged file to file."""
     lists = inverted_lists(index)
-    if lists is None or isinstance(layers(index)[0], faiss.IndexRefine):
+    plain = faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ  # others hold more beside their lists
+    if lists is None or type(lists) not in plain or isinstance(layers(index)[0], faiss.IndexRefine):
         return False
     return isinstance(faiss.downcast_InvertedLists(lists.invlists), faiss.ArrayInvertedLists)
 
@@ -129,10 +132,15 @@ def starting_effort(index: faiss.Index) -> Effort:
 
 
 def takes_parameters(index: faiss.Index) -> bool:
-    """Whether a search can be given parameters, a selector among them; some indexes take none."""
+    """Whether a search can be given parameters; some indexes take none."""
     core = layers(index)[-1]
-    takes = faiss.IndexIVF | faiss.IndexHNSW | faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexPQ
+    takes = faiss.IndexIVF | faiss.IndexHNSW | faiss.IndexFlat | faiss.IndexScalarQuantizer
     return isinstance(core, takes)
+
+
+def takes_selector(index: faiss.Index) -> bool:
+    """Whether a search can be told which rows count; others are compared one by one."""
+    return takes_parameters(index) and not isinstance(layers(index)[-1], faiss.IndexIVFPQR)
 
 
 def search_parameters(
@@ -158,25 +166,18 @@ def selector_of(mask: np.ndarray) -> faiss.IDSelector:
     return faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
 
 
-def widened(index: faiss.Index, effort: Effort, kept: int) -> Effort | None:
-    """The effort that looks at as many of `kept` rows as `effort` does of all; `kept` is at least 1.
+def nearest_lists(index: faiss.Index, x: np.ndarray, count: int) -> np.ndarray:
+    """(n, count) int64: the lists of an IndexIVF whose centroids are nearest to each row of x; -1 where none is."""
+    for layer in layers(index):
+        if isinstance(layer, faiss.IndexPreTransform):
+            for at in range(layer.chain.size()):
+                x = faiss.downcast_VectorTransform(layer.chain.at(at)).apply(x)
+    return faiss.downcast_index(layers(index)[-1].quantizer).search(x, count)[1]
 
-    None where the index would touch as many rows as are kept, or cannot look for some only: then each of those is
-    compared by itself.
-    """
-    share = kept / index.ntotal
-    if share == 1:
-        return effort
-    if not takes_parameters(index):
-        return None
-    lists = inverted_lists(index)
-    if lists is not None:
-        nprobe = math.ceil((effort.nprobe or 1) / share)
-        return replace(effort, nprobe=nprobe) if kept > index.ntotal * nprobe / lists.nlist else None
-    if effort.ef_search is not None:
-        ef_search = math.ceil(effort.ef_search / share)
-        return replace(effort, ef_search=ef_search) if kept > HNSW_TOUCHES * ef_search else None
-    return effort if share > SCAN_SHARE else None
+
+def rows_of_list(lists: faiss.IndexIVF, number: int) -> np.ndarray:
+    """The numbers of the vectors in an inverted list, as a view of its memory."""
+    return faiss.rev_swig_ptr(lists.invlists.get_ids(number), lists.invlists.list_size(number))
 
 
 # ------------------------------------------------------------------ GPUs
@@ -200,11 +201,11 @@ def train(index: faiss.Index, rows: np.ndarray, device: str) -> None:
     index.train(rows)
 
 
-def on_gpus(index: faiss.Index) -> faiss.Index:
-    """A copy on all GPUs; UserError for an index that faiss has no GPU code for."""
+def on_gpu(index: faiss.Index) -> faiss.Index:
+    """A copy on the first GPU that this process sees; UserError for an index that faiss has no GPU code for."""
     use_gpus("cuda")
     try:
-        return faiss.index_cpu_to_all_gpus(index)
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(

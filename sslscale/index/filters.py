@@ -43,6 +43,8 @@ _COMPARE: dict[str, Callable[[Any, Any], pa.Array]] = {
     ">=": pc.greater_equal,
 }
 
+_INT64 = 2**63 - 1
+
 Test = Callable[[pa.Table], Any]  # a table -> booleans, null where unknown
 
 
@@ -121,7 +123,7 @@ class Condition:
 
         def test(table: pa.Table) -> Any:
             held = table.column(column)
-            found = pc.is_in(held, value_set=pa.array(values).cast(held.type))
+            found = pc.is_in(held, value_set=_set_of(values, held.type))
             known = pc.if_else(pc.is_null(held), None, found)
             return pc.invert(known) if negated else known
 
@@ -134,6 +136,7 @@ class Condition:
             value = token.text[1:-1].replace(2 * token.text[0], token.text[0])
         elif token.kind == "number":
             value = float(token.text) if re.search(r"[.eE]", token.text) else int(token.text)
+            value = value if abs(value) <= _INT64 else float(value)
         elif token.text.lower() in ("true", "false"):
             value = token.text.lower() == "true"
         else:
@@ -184,6 +187,13 @@ def _malformed(text: str, at: int, reason: str) -> UserError:
         got=f"{text[:at]}>>>{text[at:]}  ({reason} at >>>)",
         allowed="such as \"split = 'train' and label >= 3\", with and, or, not, in (...), is null",
     )
+
+
+def _set_of(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Values of a column of this type; what no integer is equal to is in no set of integers."""
+    if pa.types.is_integer(kind):
+        values = [int(value) for value in values if abs(value) <= _INT64 and value == int(value)]
+    return pa.array(values).cast(kind)
 
 
 def _both(combine: Callable[[Any, Any], Any], one: Test, other: Test) -> Test:

@@ -14,7 +14,8 @@ from sslscale.features import FeatureSet, sample_positions
 from sslscale.index.exact import RowReference, exact_knn
 from sslscale.index.factory import Effort, inverted_lists, starting_effort
 from sslscale.index.record import IndexRecord
-from sslscale.index.shard import Request, SearchWorker, Shard, nearest_of, prepared
+from sslscale.index.search_worker import Request, SearchWorker, Shard, nearest_of
+from sslscale.index.shard import prepared
 from sslscale.index.tune import tune
 
 

@@ -28,7 +28,7 @@ from sslscale.rundir import RunDir, discard, read_json
 from sslscale.runtime.base import Runtime, make_runtime
 
 QUERIES = "queries"  # the dataset that images to be searched with are embedded as
-BATCH = 16384  # queries searched at a time
+BATCH = 163840  # neighbours looked for at a time, of all queries together
 
 
 def run_search(
@@ -64,11 +64,12 @@ def run_search(
 
 def _by_key(index: Index, key: str, dataset: str | None, k: int, where: str | None) -> list[dict[str, Any]]:
     own = index.features.lookup(key, dataset)
-    if not 1 <= k < index.num_vectors:
-        raise UserError("k is not below the number of vectors", got=k, allowed=f"1 to {index.num_vectors - 1}")
     x = index.features.take(np.array([own]))
     distances, ids = index.search(x, k, where=where)
     if own in ids:
+        others = index.num_kept(where) - 1
+        if k > others:
+            raise UserError("k is above the number of vectors beside the query", got=k, allowed=others)
         distances, ids = index.search(x, k + 1, where=where)
     others = ids[0] != own
     return list(_rows(index.features, [key], distances[:, others][:, :k], ids[:, others][:, :k]))
@@ -107,7 +108,7 @@ def _embedded_image(run: RunDir, index: Index, image: Path) -> tuple[np.ndarray,
         shards, theirs = Path(scratch, "shards"), Path(scratch, "run")
         shards.mkdir()
         with tarfile.open(shards / "query.tar", "w") as tar:
-            tar.add(image, arcname=f"query{image.suffix.lower()}")
+            tar.add(image, arcname=f"query{image.suffix.lower() or '.jpg'}")  # read by content, whatever it is called
         features, _ = _embedded(run, index, str(shards), theirs, make_runtime("local"), workers=1)
         if not features.num_rows:
             (failed,) = theirs.glob(f"embed/{QUERIES}/failed/*.jsonl")
@@ -175,23 +176,31 @@ def search_shards(
     """Searches with every sample of `queries` (shards); writes a Parquet table with a row for each neighbour.
 
     Its columns: query (the sample's key), rank (0 is nearest), key, dataset, distance. Returns what was counted:
-    samples that cannot be read are `failed` and have no rows.
+    samples that cannot be read, or have no direction under "cosine", are `failed` and have no rows.
     """
     if output is None:
         raise UserError("there is no place for what is found", fix="--output FILE.parquet")
     index = Index.open(run, name)
-    index.check_k(k)
+    index.check_k(k, where)
     schema = pa.schema(
         {"query": pa.string(), "rank": pa.int32(), "key": pa.string(), "dataset": pa.string(), "distance": pa.float32()}
     )
     with _scratch(run, runtime) as scratch, replacing(output) as temporary:
         features, failed = _embedded(run, index, queries, scratch, runtime, workers)
+        searched = 0
         with pq.ParquetWriter(temporary, schema) as writer:
-            for start in range(0, features.num_rows, BATCH):
-                own = features.row_ids(np.arange(start, min(start + BATCH, features.num_rows)))
-                found = index.search(features.take(own), k, where=where, backbone=features.backbone)
+            for start in range(0, features.num_rows, step := max(1, BATCH // k)):
+                own = features.row_ids(np.arange(start, min(start + step, features.num_rows)))
+                x = features.take(own)
+                usable = index.has_place(x)
+                failed += int((~usable).sum())
+                own, x = own[usable], x[usable]
+                if not len(own):
+                    continue
+                found = index.search(x, k, where=where, backbone=features.backbone)
                 rows = list(_rows(index.features, features.keys_of(own), *found))
                 ranks = np.nonzero(found[1] >= 0)[1]
                 columns = {name: [row[name] for row in rows] for name in schema.names if name != "rank"}
                 writer.write_table(pa.table({**columns, "rank": ranks.astype(np.int32)}, schema=schema))
-    return {"queries": features.num_rows, "failed": failed, "k": k, "output": str(output)}
+                searched += len(own)
+    return {"queries": searched, "failed": failed, "k": k, "output": str(output)}

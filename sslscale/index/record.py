@@ -27,6 +27,9 @@ from sslscale.features.files import open_npy
 from sslscale.index.factory import Effort
 from sslscale.rundir import RunDir, hash_json, read_json, write_json
 
+ROW = 0xFFFFFFFF  # the lower half of a row id
+CARRIED = "parts-deleted.json"
+
 
 @dataclass(frozen=True)
 class IndexedPart:
@@ -62,18 +65,25 @@ class IndexRecord:
         again = f"sslscale index -c CONFIG --run {storage.shown(run.path)} --name {name}"
         if not (path / "result.json").is_file():
             raise UserError("this run has no such index", got=storage.shown(path), fix=again)
-        record = cls(path, read_json(path / "result.json"))
-        for shard in record.shards:
-            for file, size in shard.sizes.items():
-                found = storage.size(path / file)
-                if found != size:
-                    raise StageError(
-                        "a file of the index is missing or cut off",
-                        got=f"{path / file}: {'missing' if found is None else f'{found} bytes'}",
-                        allowed=f"{size} bytes, as it was written",
-                        fix=f"rm {storage.shown(path / 'result.json')}, then {again}",
-                    )
+        record = cls(path, {}).renewed()
+        for file, found, size in record.damaged():
+            raise StageError(
+                "a file of the index is missing or cut off",
+                got=f"{path / file}: {'missing' if found is None else f'{found} bytes'}",
+                allowed=f"{size} bytes, as it was written",
+                fix=f"{again} builds it again, without what was deleted",
+            )
         return record
+
+    def renewed(self) -> IndexRecord:
+        """What result.json says by now."""
+        return IndexRecord(self.path, read_json(self.path / "result.json"))
+
+    def damaged(self) -> list[tuple[str, int | None, int]]:
+        """The files that are not as they were written: their bytes, None for those missing, and what they had."""
+        sizes = {file: size for shard in self.shards for file, size in shard.sizes.items()}
+        found = {file: storage.size(self.path / file) for file in sizes}
+        return [(file, found[file], size) for file, size in sizes.items() if found[file] != size]
 
     def updated(self, **values: Any) -> IndexRecord:
         return IndexRecord(self.path, {**self.result, **values})
@@ -104,7 +114,14 @@ class IndexRecord:
     def deleted(self) -> np.ndarray:
         """The index's own row ids that are deleted, ascending."""
         file = self.result["deleted"]
-        return np.empty(0, np.int64) if file is None else open_npy(self.path / file)
+        try:
+            return np.empty(0, np.int64) if file is None else open_npy(self.path / file)
+        except (FileNotFoundError, ValueError) as error:
+            raise StageError(
+                "the list of what was deleted from the index cannot be read",
+                got=f"{self.path / file}: {error}",
+                fix="bring the file back, or remove the folder of the index, build it and delete again",
+            ) from None
 
     def numbers(self, features: FeatureSet) -> np.ndarray:
         """(parts,) int64: what each part of the index is called in `features`. UserError where one has changed."""
@@ -127,6 +144,28 @@ def indexed_parts(features: FeatureSet) -> list[IndexedPart]:
         for part in store.parts
     }
     return [IndexedPart(part.dataset, part.part, part.rows, hashes[part.dataset, part.part]) for part in features.parts]
+
+
+def deletions(folder: Path) -> list[dict[str, Any]]:
+    """What was deleted from the index in a folder, or is to be left out of the one that is being built there.
+
+    `{"part": an IndexedPart as a dict, "rows": [...]}` for each part that has any.
+    """
+    if not (folder / "result.json").is_file():
+        return read_json(folder / CARRIED) if (folder / CARRIED).is_file() else []
+    record = IndexRecord(folder, {}).renewed()
+    numbers, starts = np.unique(record.deleted >> 32, return_index=True)
+    rows = np.split(record.deleted & ROW, starts[1:])
+    return [{"part": asdict(record.parts[at]), "rows": own.tolist()} for at, own in zip(numbers, rows, strict=False)]
+
+
+def located(deleted: Sequence[dict[str, Any]], parts: Sequence[IndexedPart]) -> tuple[np.ndarray, int]:
+    """`deletions` as row ids of an index of `parts`, ascending; and how many of them have no place in it."""
+    number_of = {part: number for number, part in enumerate(parts)}
+    listed = [(number_of.get(IndexedPart(**one["part"])), one["rows"]) for one in deleted]
+    here = [np.array(rows, np.int64) + (number << 32) for number, rows in listed if number is not None]
+    lost = sum(len(rows) for number, rows in listed if number is None)
+    return np.sort(np.concatenate([*here, np.empty(0, np.int64)])), lost
 
 
 def write_parts(path: Path, parts: Sequence[IndexedPart]) -> None:

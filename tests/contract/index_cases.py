@@ -13,12 +13,12 @@ DIM, PART_ROWS, PARTS = 16, 500, 8
 CENTRES = np.random.default_rng(7).normal(size=(60, DIM))
 
 
-def write_store(path, name, parts=PARTS, first=0):
+def write_store(path, name, parts=PARTS, generation=0):
     """Clusters; `label` is the row within its part modulo 100, so label = 7 keeps one row in a hundred."""
     store = FeatureStore.create(path / "embed" / name, dim=DIM, dtype="fp16", normalized=False, backbone="b0")
     records = []
     for part in range(parts):
-        generator = np.random.default_rng([len(name), part])
+        generator = np.random.default_rng([len(name), part, generation])
         rows = CENTRES[generator.integers(0, 60, PART_ROWS)] + generator.normal(scale=0.3, size=(PART_ROWS, DIM))
         keys = [f"{name}-{part}-{row}" for row in range(PART_ROWS)]
         labels = [row % 100 for row in range(PART_ROWS)]
@@ -34,8 +34,8 @@ def settings(workers=1, **index):
 LOCAL = make_runtime("local")
 
 
-def build(run, workers=1, runtime=LOCAL, **index):
-    return run_index(run, settings(workers, **index), runtime)
+def build(run, workers=1, runtime=LOCAL, overwrite=False, **index):
+    return run_index(run, settings(workers, **index), runtime, overwrite=overwrite)
 
 
 def queries(count=50):

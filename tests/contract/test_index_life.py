@@ -10,7 +10,7 @@ import pytest
 from index_cases import DIM, LOCAL, PART_ROWS, PARTS, build, queries, write_store
 
 from sslscale.errors import StageError, UserError
-from sslscale.features import open_features
+from sslscale.features import FeatureStore, open_features
 from sslscale.index import Index
 from sslscale.index.build import compact_index
 from sslscale.index.exact import RowReference, exact_knn
@@ -75,6 +75,17 @@ def test_the_file_opens_with_faiss(run):
     row = open_features(run).take(np.array([2 << 32 | 17])).astype(np.float32)
     found = int(rows[index.search(row, 1)[1][0, 0]])
     assert found == 2 << 32 | 17 and parts[found >> 32]["dataset"] == "train"
+
+
+@pytest.mark.parametrize("factory", ["PQ8", "OPQ8,PQ8", "PQ4,RFlat", "IVF16,PQ4+4", "IVF16,RaBitQ", "PQ8x4fs", "SQ8"])
+def test_strings_of_every_kind_are_built_in_shards_and_searched(run, factory):
+    assert build(run, factory=factory)["num_vectors"] == 4000
+    index = Index.open(run)
+    assert index.delete(["train-0-0"]) == 1
+    ids = index.search(queries(), 10)[1]
+    assert (ids >= 0).all()
+    expected = exact(index.features, queries(), 10, lambda dataset, part, row: row % 100 == 7)
+    np.testing.assert_array_equal(index.search(queries(), 10, where="label = 7")[1], expected)
 
 
 @pytest.mark.parametrize("layout", ["on_disk", "sharded"])
@@ -145,7 +156,7 @@ def test_a_filter_that_keeps_one_in_a_hundred_finds_what_an_exact_search_finds(r
 
 @pytest.mark.parametrize("layout", ["merged", "sharded"])
 def test_a_filter_that_leaves_shards_without_a_row(run, layout):
-    build(run, layout=layout)
+    build(run, layout=layout, nprobe=16)  # all lists
     index = Index.open(run)
     ids = index.search(queries(), 10, where="dataset = 'val' and label < 50")[1]
     expected = exact(index.features, queries(), 10, lambda dataset, part, row: dataset == "val" and row % 100 < 50)
@@ -173,6 +184,34 @@ def test_a_filter_that_keeps_much(run, factory):
     ids = index.search(queries(), 10, where="label < 60")[1]
     expected = exact(index.features, queries(), 10, lambda dataset, part, row: row % 100 < 60)
     assert ((ids & 0xFFFFFFFF) % 100 < 60).all()
+    recall = np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, expected, strict=True)]) / 10
+    assert recall >= 0.9
+
+
+def store_of_classes(path, dim=DIM):
+    """Ten clusters that hardly touch; a row's label is its cluster."""
+    generator = np.random.default_rng(3)
+    centres = 2 * generator.normal(size=(10, dim))
+    labels = generator.integers(0, 10, 6000)
+    rows = centres[labels] + generator.normal(size=(6000, dim))
+    store = FeatureStore.create(path / "embed/train", dim=dim, dtype="fp16", normalized=False, backbone="b0")
+    keys = [str(row) for row in range(6000)]
+    store.commit([store.write_part(0, rows, keys, ["s"] * 6000, range(6000), labels.tolist())])
+    return rows, labels
+
+
+@pytest.mark.parametrize("factory", ["IVF256,SQfp16", "RR16,IVF256_HNSW16,PQ8x4fs,RFlat", "HNSW16"])
+@pytest.mark.parametrize("where", ["label in (3, 4, 5)", "label < 4 and label != 0", "label != 0"])
+def test_a_filter_that_goes_with_the_content_finds_as_much_as_one_that_does_not(tmp_path, factory, where):
+    rows, labels = store_of_classes(tmp_path)
+    run = RunDir(tmp_path)
+    build(run, factory=factory)
+    index = Index.open(run)
+    x = rows[labels == 0][:60]  # all far from what is kept
+    kept = {"label in (3, 4, 5)": (3, 4, 5), "label < 4 and label != 0": (1, 2, 3), "label != 0": range(1, 10)}[where]
+    ids = index.search(x, 10, where=where)[1]
+    expected = exact(index.features, x, 10, lambda dataset, part, row: labels[row] in kept)
+    assert np.isin(labels[ids & 0xFFFFFFFF], kept).all(), "as many as were asked for, all of them kept"
     recall = np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, expected, strict=True)]) / 10
     assert recall >= 0.9
 
@@ -295,6 +334,9 @@ def test_a_file_that_is_cut_off_is_named(run, file):
         ({"layout": "on_disk", "factory": "IVF16,PQ8x4fs"}, "cannot lie on disk"),
         ({"factory": "Flat", "memory_gb": 1e-5}, "does not fit into memory"),
         ({"factory": "IDMap,Flat"}, "row ids are kept beside"),
+        ({"factory": "IVF16,FlatDedup"}, "sslscale dedup finds them"),
+        ({"factory": "NSG16"}, "use HNSW"),
+        ({"layout": "on_disk", "factory": "IVF16,PQ4+4"}, "cannot lie on disk"),
         pytest.param({"device": "cuda"}, "faiss sees no GPU", marks=WITHOUT_GPU),
         ({"factory": "IVF16,PQ7"}, "IVF16,PQ7"),
     ],

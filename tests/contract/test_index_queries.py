@@ -52,6 +52,8 @@ def folder(tmp_path_factory):
 
 def test_an_image_is_embedded_as_the_indexed_ones_were(folder):
     (folder / "query.PNG").write_bytes(png(14, noise=20))
+    (folder / "query").write_bytes(png(14, noise=20))
+    assert run_search(RunDir(folder / "run"), query=folder / "query", k=1)[0]["key"] == "k14"
     found = run_search(RunDir(folder / "run"), query=folder / "query.PNG", k=3)
     assert found[0]["key"] == "k14" and len(found) == 3
     assert found[0]["query"] == "query.PNG" and found[0]["dataset"] == "train"
@@ -63,7 +65,7 @@ def test_an_image_is_embedded_as_the_indexed_ones_were(folder):
 def test_a_key_that_the_filter_leaves_out_still_finds_all_that_it_keeps(folder):
     found = run_search(RunDir(folder / "run"), key="k07", k=10, where="split = 'test'")
     assert {row["dataset"] for row in found} == {"test"} and len(found) == 10
-    with pytest.raises(UserError, match="filter keeps"):
+    with pytest.raises(UserError, match=r"beside the query\n.* 10\n.* 9"):
         run_search(RunDir(folder / "run"), key="k31", k=10, where="split = 'test'")
 
 
@@ -92,13 +94,22 @@ def test_shards_of_queries(folder, tmp_path, name, monkeypatch):
     assert nearest == {"q3": "k03", "q14": "k14", "q15": "k15", "q31": "k31", "q39": "k39"}
 
 
+def test_a_filter_that_cannot_be_used_is_refused_before_the_queries_are_embedded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(query, "_embedded", lambda *args: pytest.fail("they were embedded"))
+    for where, message in (("labl = 1", "label"), ("key = 'k01'", "filter keeps")):
+        with pytest.raises(UserError, match=message):
+            search_shards(
+                RunDir(folder / "run"), LOCAL, queries=str(folder / "queries"), output=tmp_path / "x", k=4, where=where
+            )
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({}, "either a key or a file"),
         ({"key": "k01", "query": "vectors.npy"}, "either a key or a file"),
         ({"key": "nobody"}, "no sample with this key"),
-        ({"key": "k01", "k": 40}, "1 to 39"),
+        ({"key": "k01", "k": 40}, "allowed: 39"),
         ({"query": "missing.png"}, "no such file"),
         ({"query": "broken.png"}, "cannot be read"),
         ({"query": "broken.npy"}, "cannot be read"),

@@ -28,6 +28,8 @@ TABLE = pa.table(
         ("label IS NOT NULL", "abd"),
         ("label in (1, 3)", "ab"),
         ("label not in (1, 3)", "d"),
+        ("label in (1.5, 3.0, 1e300, 99999999999999999999)", "b"),
+        ("label < 99999999999999999999", "abd"),
         ("key = 'c''c'", "c"),
         ('key in ("a", "d")', "ad"),
         ("good = true", "ac"),
