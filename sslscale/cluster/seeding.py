@@ -84,6 +84,7 @@ def _reduce(x: np.ndarray, weights: np.ndarray, num_clusters: int, seed: int) ->
         return np.maximum(found, 0, out=found)
 
     every = squared(slice(None)) if norms.itemsize * len(x) ** 2 <= MATRIX_BYTES else None
+    weights32, left = weights.astype(x.dtype), np.empty((trials, len(x)), x.dtype)
     chosen = [int(generator.choice(len(x), p=weights / weights.sum()))]
     nearest = squared(np.array(chosen))[0]
     while len(chosen) < num_clusters:
@@ -91,8 +92,12 @@ def _reduce(x: np.ndarray, weights: np.ndarray, num_clusters: int, seed: int) ->
         reach = np.cumsum(weights * nearest)
         drawn = np.searchsorted(reach, generator.random(trials) * reach[-1], side="right")
         drawn = np.minimum(drawn, len(x) - 1)
-        left = np.minimum(nearest, squared(drawn) if every is None else every[drawn])
-        best = int(np.argmin(left @ weights))
+        if every is None:
+            left[:] = squared(drawn)
+        else:
+            np.take(every, drawn, axis=0, out=left, mode="clip")  # "raise" would buffer
+        np.minimum(left, nearest, out=left)
+        best = int(np.argmin(left @ weights32))
         chosen.append(int(drawn[best]))
-        nearest = left[best]
+        nearest = left[best].copy()
     return x[chosen]
