@@ -200,8 +200,8 @@ class EmbedConfig(StageConfig):
     datasets: list[str] = Field(default_factory=lambda: ["train"], min_length=1)
     backbone: str = Field(
         "pretrain",
-        description="pretrain (this run's), a backbone/ folder, a folder of transformers or sentence-transformers, "
-        "timm:NAME, a TorchScript file (.pt, .ts), pixels, hog, mean_frame or module:Class",
+        description="pretrain (this run's), a backbone/ folder, a folder of timm, transformers or "
+        "sentence-transformers, timm:NAME, a TorchScript file (.pt, .ts), pixels, hog, mean_frame or module:Class",
     )
     output: str = Field(
         "pooled",

@@ -49,7 +49,8 @@ def _embedder(run: RunDir, config: RunConfig, name: str) -> EmbedderSpec:
         name,
         run.path,
         channels=settings.channels or (trained.backbone.channels if trained else None),
-        size=settings.size or (trained.backbone.input_size(trained.views) if trained else None),
+        size=settings.size,
+        run_size=trained.backbone.input_size(trained.views) if trained else None,
         output=settings.output,
     )
 

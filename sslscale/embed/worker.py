@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from sslscale.features.store import DTYPES, FeatureStore
+from sslscale.models.base import Encoder
 from sslscale.models.load import EmbedderSpec
 from sslscale.objectives.export import load_objective
 from sslscale.runtime.allocator import keep_freed_memory
@@ -71,7 +72,11 @@ class EmbedWorker:
             keep_freed_memory()
         self.backbone = spec.build().to(self.device)
         self.reader = spec.reader(self.backbone)
-        self.objective = None if objective is None else load_objective(Path(objective)).to(self.device)
+        self.objective = None
+        if objective is not None:
+            shared = self.backbone if spec.as_trained else None  # one copy, and the one that is compiled
+            assert shared is None or isinstance(shared, Encoder)  # objectives lie beside an exported backbone
+            self.objective = load_objective(Path(objective), shared).to(self.device)
         if compile:
             self.backbone.compile()
         self.store = FeatureStore.create(

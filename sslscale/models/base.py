@@ -18,7 +18,10 @@ from sslscale.views.keyed import KeyedRandom
 
 
 class Embedder(nn.Module):
-    """Inputs (B, ...) -> features (B, `feature_dim`). Images (B, C, S, S) in [0, 1], unless it has another reader."""
+    """Inputs (B, ...) -> features (B, `feature_dim`).
+
+    Contiguous images (B, C, S, S) in [0, 1], unless it has another reader.
+    """
 
     feature_dim: int
 
@@ -79,6 +82,9 @@ class Encoder(Embedder):
     def augmented(self, inputs: Tensor, random: KeyedRandom, recipe: AugmentConfig) -> Tensor:
         """One augmented view of each input, of the same kind: what evaluations compare."""
         raise NotImplementedError
+
+    def check_size(self, size: int) -> None:
+        """Raises UserError where it does not take inputs of that size."""
 
     def output_dim(self, output: str) -> int:
         """The width of an output of `embed.output`. Raises UserError where there is no such output."""

@@ -18,6 +18,7 @@ from sslscale.config import AugmentConfig, BackboneConfig, FramesConfig
 from sslscale.errors import UserError, did_you_mean
 from sslscale.models.base import Encoder
 from sslscale.models.drop_path import key_drops
+from sslscale.shards.readers import ImageReader, Reader
 from sslscale.views.image import augment
 from sslscale.views.keyed import KeyedRandom
 
@@ -53,6 +54,21 @@ class Backbone(Encoder):
     @classmethod
     def load_lines(cls, meta: Mapping[str, Any]) -> list[str]:
         return [_LOAD[0], *(_LOAD_SMALL_STEM if meta["stem"] == "small" else ()), _LOAD[1]]
+
+    def reader(self, channels: int | None, size: int | None) -> Reader:
+        assert channels is not None
+        return ImageReader(channels, size, channels_last=True)
+
+    def check_size(self, size: int) -> None:
+        for module in self.model.modules():
+            own = getattr(module, "img_size", None)
+            if getattr(module, "strict_img_size", False) and own is not None and tuple(own) != (size, size):
+                raise UserError(
+                    "this backbone takes images of one size",
+                    got=f"embed.size={size}, {self.config.architecture}",
+                    allowed="x".join(map(str, own)),
+                    fix="leave out embed.size",
+                )
 
     def augmented(self, inputs: Tensor, random: KeyedRandom, recipe: AugmentConfig) -> Tensor:
         return augment(inputs, random, recipe)

@@ -1,26 +1,28 @@
-"""Whatever can embed, by name: this run's backbone, an exported folder, timm's own weights, TorchScript, pixels, hog,
-or a user's own class.
+"""Whatever can embed, by name: this run's backbone, an exported folder, a folder of timm or transformers, timm's own
+weights, TorchScript, pixels, hog, or a user's own class.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
 import torch
+from torch import nn
 
 from sslscale import storage
 from sslscale.config import BackboneConfig
 from sslscale.errors import UserError, did_you_mean
 from sslscale.models.base import Embedder, Encoder
 from sslscale.models.export import load_backbone, read_backbone_meta
+from sslscale.models.folders import describe_pretrained, is_pretrained, load_folder, timm_normalisation
 from sslscale.models.handcrafted import HANDCRAFTED
 from sslscale.models.image import Backbone
 from sslscale.models.outputs import Output, project
-from sslscale.models.text import hash_pretrained, is_pretrained, load_pretrained
 from sslscale.rundir import hash_file, hash_json
 from sslscale.shards.readers import Reader
 
@@ -35,7 +37,7 @@ class EmbedderSpec:
     name: str
     """As embed.backbone has it."""
     location: str
-    """An exported folder, a TorchScript file, timm:NAME, a name of HANDCRAFTED, or module:Class."""
+    """A folder, a TorchScript file, timm:NAME, a name of HANDCRAFTED, or module:Class."""
     channels: int | None
     """Of images; None where there are none."""
     size: int
@@ -68,6 +70,8 @@ class EmbedderSpec:
         Raises UserError where the backbone has no such output.
         """
         embedder = self._backbone()
+        if isinstance(embedder, Encoder):
+            embedder.check_size(self.size)
         if self.output != "pooled":
             if not isinstance(embedder, Encoder):
                 raise UserError("only a trained backbone has other outputs", got=self.output, allowed="pooled")
@@ -81,18 +85,24 @@ class EmbedderSpec:
         return embedder.reader(self.channels, self.size)
 
     def _backbone(self) -> Embedder:
-        folder = Path(self.location)
-        if _is_export(folder):
-            return load_backbone(folder)
-        if self.channels is None:
-            return load_pretrained(folder)
+        if _is_folder(self.location):
+            folder = Path(self.location)
+            return load_backbone(folder) if _is_export(folder) else load_folder(folder, self.channels)
+        assert self.channels is not None
         if self.location in HANDCRAFTED:
             return HANDCRAFTED[self.location](self.channels, self.size)
         if self.location.startswith(_TIMM):
             return _pretrained(self.location, self.channels)
         if self.location.endswith(TORCHSCRIPT):
             return TorchScript(self.location, self.channels, self.size)
-        return _import(self.location)(self.channels, self.size)
+        embedder = _import(self.location)(self.channels, self.size)
+        if _hash_class(embedder, self.location, self.channels, self.size) != self.weights:
+            raise UserError(
+                "the backbone is not the one that was named: its weights or its source are others by now",
+                got=self.location,
+                fix="embed again with --overwrite; weights that it draws at random need a seed of their own",
+            )
+        return embedder
 
 
 class TorchScript(Embedder):
@@ -117,20 +127,31 @@ class TorchScript(Embedder):
 
 
 def find_embedder(
-    name: str, run: Path, *, channels: int | None, size: int | None, output: str = "pooled"
+    name: str,
+    run: Path,
+    *,
+    channels: int | None,
+    size: int | None,
+    run_size: int | None = None,
+    output: str = "pooled",
 ) -> EmbedderSpec:
-    """What `embed.backbone` names. `channels` and `size` are what the run's own inputs are, where it says so."""
-    spec = _find(name, run, channels, size)
+    """What `embed.backbone` names.
+
+    `channels` are those of the run's images, where it says so. `size` goes before the backbone's own, and `run_size`,
+    that of the run's training, is for what has none of its own.
+    """
+    spec = _find(name, run, channels, size, run_size)
     return replace(spec, output=output)
 
 
-def _find(name: str, run: Path, channels: int | None, size: int | None) -> EmbedderSpec:
+def _find(name: str, run: Path, channels: int | None, size: int | None, run_size: int | None) -> EmbedderSpec:
     if name.startswith(_TIMM):
         backbone = _pretrained(name, channels or 3)
         input_size = size or int(backbone.model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
-        return EmbedderSpec(name, name, channels or 3, input_size, _hash_weights(backbone))
-    script = storage.local_path(name) if name.endswith(TORCHSCRIPT) else None
-    if name in HANDCRAFTED or ":" in name or script is not None:
+        return EmbedderSpec(name, name, channels or 3, input_size, _hash_weights(backbone.model))
+    if not _is_folder(name):
+        size = size or run_size
+        script = storage.local_path(name) if name.endswith(TORCHSCRIPT) else None
         if channels is None or size is None:
             raise UserError(f"embed.backbone={name} needs to know the images", fix="set embed.size and embed.channels")
         if script is not None:
@@ -138,7 +159,8 @@ def _find(name: str, run: Path, channels: int | None, size: int | None) -> Embed
                 raise UserError("there is no such file", got=name, fix="give embed.backbone a file of torch.jit.save")
             return EmbedderSpec(name, str(script), channels, size, hash_file(script))
         if ":" in name:
-            _import(name)
+            weights = _hash_class(_import(name)(channels, size), name, channels, size)
+            return EmbedderSpec(name, name, channels, size, weights)
         return EmbedderSpec(name, name, channels, size, hash_json([name, channels, size]))
     folder = run / "pretrain" / "backbone" if name == "pretrain" else storage.local_path(name)
     if name == "pretrain" or _is_export(folder):
@@ -146,14 +168,20 @@ def _find(name: str, run: Path, channels: int | None, size: int | None) -> Embed
         own = size or meta["input_size"]
         return EmbedderSpec(name, str(folder.absolute()), meta["channels"], own, meta["sha256"])
     if is_pretrained(folder):
-        weights, max_length = hash_pretrained(folder)
-        return EmbedderSpec(name, str(folder.absolute()), None, size or max_length, weights)
+        channels, own, weights = describe_pretrained(folder, channels)
+        return EmbedderSpec(name, str(folder.absolute()), channels, size or own, weights)
     choices = ["pretrain", *HANDCRAFTED]
     raise UserError(
         f"there is no backbone {name!r}{did_you_mean(name, choices)}",
-        allowed=f"{', '.join(choices)}, a backbone/ folder, one of transformers or sentence-transformers, timm:NAME, "
-        "a TorchScript file, module:Class",
+        allowed=f"{', '.join(choices)}, a backbone/ folder, one of timm, transformers or sentence-transformers, "
+        "timm:NAME, a TorchScript file, module:Class",
     )
+
+
+def _is_folder(name: str) -> bool:
+    """Whether it is none of the names that stand for something else; the colon of a URL makes no class."""
+    is_class = ":" in name and "://" not in name  # timm: among them
+    return not (name in HANDCRAFTED or name.endswith(TORCHSCRIPT) or is_class)
 
 
 def _is_export(folder: Path) -> bool:
@@ -164,10 +192,8 @@ def _pretrained(name: str, channels: int) -> Backbone:
     """timm's model with the weights that timm has for it, behind the normalisation that they were trained with."""
     architecture = name.removeprefix(_TIMM)
     known = timm.get_pretrained_cfg(architecture, allow_unregistered=True) if timm.is_model(architecture) else None
-    mean, std = ([0.5], [0.5]) if known is None or channels == 1 else (list(known.mean), list(known.std))
-    config = BackboneConfig(
-        architecture=architecture, kwargs={"pretrained": True}, channels=channels, mean=mean, std=std
-    )
+    normalisation = {} if known is None else timm_normalisation(known.mean, known.std, channels)
+    config = BackboneConfig(architecture=architecture, kwargs={"pretrained": True}, channels=channels, **normalisation)
     try:
         return Backbone(config)
     except (OSError, RuntimeError) as error:
@@ -176,11 +202,20 @@ def _pretrained(name: str, channels: int) -> Backbone:
         ) from None
 
 
-def _hash_weights(backbone: Backbone) -> str:
+def _hash_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(backbone.model.state_dict().items()):
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    for name, value in sorted(model.state_dict().items()):
+        data = value.cpu().contiguous().flatten().view(torch.uint8)  # numpy knows no bfloat16
+        digest.update(name.encode() + data.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _hash_class(embedder: object, location: str, channels: int, size: int) -> str:
+    """Names what a user's class computes: its weights as built, and the modules that name it and that it is from."""
+    modules = (location.partition(":")[0], type(embedder).__module__)
+    files = [Path(getattr(sys.modules[module], "__file__", None) or "") for module in modules]
+    weights = _hash_weights(embedder) if isinstance(embedder, nn.Module) else None
+    return hash_json([location, channels, size, weights, *(hash_file(file) for file in files if file.is_file())])
 
 
 def _import(location: str) -> type[Embedder]:

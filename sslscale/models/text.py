@@ -206,11 +206,6 @@ def _texts(samples: Iterable[dict[str, Any]]) -> Iterator[str]:
 # ------------------------------------------------------------------ a folder that others have trained
 
 
-def is_pretrained(folder: Path) -> bool:
-    """Whether it is a folder as transformers and sentence-transformers save theirs."""
-    return storage.bring(folder / "config.json").is_file()
-
-
 def hash_pretrained(folder: Path) -> tuple[str, int]:
     """Names what such a folder computes, and the most tokens of its texts. Raises UserError where a file is missing."""
     _bring(folder)

@@ -17,6 +17,7 @@ from torch import Tensor
 from sslscale import storage
 from sslscale.config import AugmentConfig, validate
 from sslscale.errors import UserError
+from sslscale.models.base import Encoder
 from sslscale.models.export import load_backbone, read_backbone_meta
 from sslscale.objectives import build_objective, objective_settings
 from sslscale.objectives.base import Objective
@@ -72,12 +73,16 @@ def read_objective_meta(folder: Path) -> dict[str, Any] | None:
     return meta
 
 
-def load_objective(folder: Path) -> Objective:
-    """The exported objective in `folder`, over the backbone in the `backbone/` beside it, in evaluation mode."""
+def load_objective(folder: Path, backbone: Encoder | None = None) -> Objective:
+    """The exported objective in `folder`, over the backbone in the `backbone/` beside it, in evaluation mode.
+
+    `backbone` is that one, where it is loaded already.
+    """
     meta = read_objective_meta(folder)
     assert meta is not None, folder
     recipe = validate(AugmentConfig, meta["views"])
-    objective = build_objective(meta["objective"], load_backbone(folder.with_name("backbone")), recipe)
+    backbone = backbone or load_backbone(folder.with_name("backbone"))
+    objective = build_objective(meta["objective"], backbone, recipe)
     missing, unexpected = objective.load_state_dict(load_file(str(folder / WEIGHTS)), strict=False)
     assert not unexpected and all(name.startswith(_BACKBONE) for name in missing), (missing, unexpected)
     return objective.eval()

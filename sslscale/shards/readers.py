@@ -54,10 +54,14 @@ class Reader:
 
 @dataclass(frozen=True)
 class ImageReader(Reader):
-    """uint8 (C, H, W); with `size`, resized and cropped to that side: see decode_image."""
+    """uint8 (C, H, W); with `size`, resized and cropped to that side: see decode_image.
+
+    A batch is contiguous; `channels_last` gives it the layout that convolutions are fast in.
+    """
 
     channels: int
     size: int | None
+    channels_last: bool = False
 
     def content(self, sample: dict[str, Any]) -> bytes:
         return image_bytes(sample)
@@ -66,5 +70,7 @@ class ImageReader(Reader):
         return decode_image(sample, self.channels, self.size)
 
     def _zeros(self, shape: tuple[int, ...], pinned: bool) -> Tensor:
-        rows, channels, height, width = shape  # in the layout that convolutions are fast in, from the bytes on
+        if not self.channels_last:
+            return super()._zeros(shape, pinned)
+        rows, channels, height, width = shape
         return super()._zeros((rows, height, width, channels), pinned).permute(0, 3, 1, 2)

@@ -20,3 +20,11 @@ def write_shard():
         return write_tar(path, [(f"{path.stem}-{number:05d}.png", grey(generator, side)) for number in range(count)])
 
     return write
+
+
+@pytest.fixture
+def shards(tmp_path, write_shard):
+    """`tmp_path / "shards"`: 120 images in three shards, one of them empty."""
+    for name, count in (("b-0", 70), ("b-1", 0), ("b-2", 50)):
+        write_shard(tmp_path / "shards" / f"{name}.tar", count)
+    return tmp_path / "shards"
