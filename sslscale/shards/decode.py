@@ -15,6 +15,9 @@ from torchvision.transforms.v2 import functional
 
 from sslscale.shards.tar import IMAGES, SampleError
 
+_MOST_VALUES = 2**27  # that resizing may make of a sample that has fewer: a picture one pixel high would fill gigabytes
+_LABELS = range(-(2**63), 2**63)
+
 _MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 
 
@@ -30,13 +33,29 @@ def decode_image(sample: dict[str, Any], channels: int, size: int | None) -> np.
     extension, data = find_member(sample, IMAGES, "image")
     try:
         image = _decode(extension, data, channels)  # (C, H, W)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, Image.DecompressionBombError) as error:
         raise DecodeError(f"the .{extension} cannot be decoded: {str(error).splitlines()[0]}") from None
     if image.dtype != torch.uint8:
         raise DecodeError(f"the .{extension} has 16 bits a channel: 8 are supported")
-    if size is not None and image.shape[1:] != (size, size):
-        image = functional.center_crop(functional.resize(image, [size], antialias=True), [size, size])
-    return image.numpy()
+    return (image if size is None else fit_square(image, size, extension)).numpy()
+
+
+def fit_square(pixels: torch.Tensor, size: int, extension: str) -> torch.Tensor:
+    """(..., H, W) with the shorter side resized to `size` (bilinear, antialiased), and of that the centre square.
+
+    Raises DecodeError where the picture is so long that this would take gigabytes.
+    """
+    height, width = pixels.shape[-2:]
+    if (height, width) == (size, size):
+        return pixels
+    shorter = min(height, width)
+    resized = (size * height // shorter, size * width // shorter)
+    if pixels.numel() // (height * width) * resized[0] * resized[1] > max(_MOST_VALUES, pixels.numel()):
+        enlarged = f"{resized[0]}x{resized[1]}"
+        raise DecodeError(
+            f"the .{extension} of {height}x{width} pixels would be {enlarged} before it is cut to a square"
+        )
+    return functional.center_crop(functional.resize(pixels, [size], antialias=True), [size, size])
 
 
 def image_bytes(sample: dict[str, Any]) -> bytes:
@@ -54,14 +73,17 @@ def find_member(sample: dict[str, Any], extensions: Sequence[str], kind: str) ->
 
 
 def label_of(sample: dict[str, Any]) -> int | None:
-    """The sample's `.cls`, or None where it has none. Raises DecodeError where it is not an integer."""
+    """The sample's `.cls`, or None where it has none. Raises DecodeError where it is not an integer of 64 bits."""
     text = sample.get("cls")
     if text is None:
         return None
     try:
-        return int(text)
+        label = int(text)
     except ValueError:
         raise DecodeError(f"the .cls is not an integer: {text[:20]!r}") from None
+    if label not in _LABELS:
+        raise DecodeError(f"the .cls is no integer of 64 bits: {text[:40]!r}")
+    return label
 
 
 def _decode(extension: str, data: bytes, channels: int) -> torch.Tensor:

@@ -149,11 +149,12 @@ class TarShard:
                     pax = dict(pax_global)
                 continue
             name = pax.get("path") or long_name or _name(header)
+            shown = _shown(name)
             if kind == b"S" or "GNU.sparse.major" in pax or "GNU.sparse.size" in pax:
-                raise _Damage(f"the member at byte {start - BLOCK}, {name}, is sparse, which is not supported")
+                raise _Damage(f"the member at byte {start - BLOCK}, {shown}, is sparse, which is not supported")
             record = self._add(name, start, length) if kind in _REGULAR else None
             if start + length > size:
-                reason = f"truncated: the file ends at byte {size}, within {name}"
+                reason = f"truncated: the file ends at byte {size}, within {shown}"
                 if record is not None:
                     self._refused.setdefault(record, reason)
                 raise _Damage(reason)
@@ -179,6 +180,7 @@ class TarShard:
 
     def _add(self, name: str, start: int, length: int) -> int | None:
         """The record that the member now belongs to; None where webdataset skips such a name too."""
+        given, name = name, _shown(name)
         rest = name[len(self._prefix) :] if name.startswith(self._prefix) else "/"
         if "/" in rest:  # of another record, most likely
             match = _KEY.fullmatch(name)
@@ -191,7 +193,9 @@ class TarShard:
                 self._first.append(len(self._offsets))
         extension = sys.intern(rest.lower())
         record, kind = len(self.keys) - 1, extension.rpartition(".")[2]
-        if kind not in ALLOWED:
+        if name != given:
+            self._refused.setdefault(record, "its name is not UTF-8")
+        elif kind not in ALLOWED:
             reason = "it would be unpickled" if kind in UNPICKLED else f"allowed are {' '.join(sorted(ALLOWED))}"
             self._refused.setdefault(record, f"refused member .{extension}: {reason}")
         elif extension in self._extensions[self._first[record] :]:
@@ -322,6 +326,13 @@ def _name(header: bytes) -> str:
 
 def _text(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _shown(name: str) -> str:
+    """The name as it is; where it is not UTF-8, with the bytes that are not as \\xe9."""
+    if name.isascii():
+        return name
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _pax(data: bytes, position: int) -> dict[str, Any]:

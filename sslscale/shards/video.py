@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision.transforms.v2 import functional
 
 from sslscale.errors import missing_package
-from sslscale.shards.decode import DecodeError, find_member
+from sslscale.shards.decode import DecodeError, find_member, fit_square
 from sslscale.shards.readers import Reader
 
 _WORTH_A_JUMP = 4  # packets: a decoder that starts anew holds back the first few frames
@@ -40,7 +39,7 @@ def decode_clip(sample: dict[str, Any], frames: int, channels: int, size: int | 
 
     A clip of fewer frames than that shows some of them several times. With `size`, a frame's shorter side is resized to
     that (bilinear, antialiased) and the centre size x size kept. Raises DecodeError where there is no video, where a
-    wanted frame is damaged, and where the file ends before the frames that it promises.
+    wanted frame is damaged or of another size, and where the file ends before the frames that it promises.
     """
     extension, data = find_member(sample, ("mp4",), "video")
     av = _av()
@@ -53,11 +52,12 @@ def decode_clip(sample: dict[str, Any], frames: int, channels: int, size: int | 
             found = [convert(frame, format=_FORMATS[channels], threads=1).to_ndarray() for frame in wanted]
     except av.FFmpegError as error:
         raise DecodeError(f"the .{extension} cannot be decoded: {error.strerror}") from None
+    sizes = dict.fromkeys(f"{frame.shape[0]}x{frame.shape[1]}" for frame in found)
+    if len(sizes) > 1:
+        raise DecodeError(f"the .{extension} changes its size: {', '.join(sizes)}")
     pixels = torch.from_numpy(np.stack(found))
     clip = pixels[:, None] if channels == 1 else pixels.permute(0, 3, 1, 2)  # (T, C, H, W)
-    if size is not None and clip.shape[2:] != (size, size):
-        clip = functional.center_crop(functional.resize(clip, [size], antialias=True), [size, size])
-    return clip.contiguous().numpy()
+    return (clip if size is None else fit_square(clip, size, extension)).contiguous().numpy()
 
 
 def _wanted(container: Any, count: int, extension: str) -> Iterator[Any]:

@@ -53,8 +53,32 @@ def test_what_is_no_image_says_why(sample, reason):
         decode_image(sample, 1, None)
 
 
+def claiming(side: int) -> bytes:
+    """A BMP whose header claims that many pixels a side."""
+    data, claimed = encode(GREY, "BMP"), side.to_bytes(4, "little")
+    return data[:18] + claimed + claimed + data[26:]
+
+
+def test_an_image_of_too_many_pixels_says_why():
+    for side in (10_000, 100_000):  # PIL warns of the one and refuses the other
+        with pytest.raises(DecodeError, match="cannot be decoded"):
+            decode_image({"bmp": claiming(side)}, 1, None)
+
+
+def test_an_image_that_would_be_enlarged_beyond_all_bounds_says_why():
+    long = np.zeros((1, 30_000), np.uint8)
+    assert decode_image({"png": encode(long, "PNG")}, 1, None).shape == (1, 1, 30_000)
+    assert decode_image({"png": encode(long, "PNG")}, 1, 4).shape == (1, 4, 4)
+    with pytest.raises(DecodeError, match=r"the \.png of 1x30000 pixels would be 224x6720000"):
+        decode_image({"png": encode(long, "PNG")}, 1, 224)
+
+
 def test_labels():
     assert label_of({"cls": b"7"}) == 7
     assert label_of({"png": b""}) is None
     with pytest.raises(DecodeError, match="not an integer"):
         label_of({"cls": b"cat"})
+    assert label_of({"cls": b"-9223372036854775808"}) == -(2**63) and label_of({"cls": b"9223372036854775807"})
+    for text in (b"9223372036854775808", b"-9223372036854775809"):
+        with pytest.raises(DecodeError, match="64 bits"):
+            label_of({"cls": text})

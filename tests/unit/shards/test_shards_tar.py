@@ -118,6 +118,21 @@ def test_a_refused_member_fails_its_sample_only(tmp_path, write_tar, member, rea
     assert [key for key, _ in problems(shard)] == ["a"]
 
 
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_that_is_not_utf_8_fails_its_sample_only(tmp_path, write_tar, format):
+    members = [("a.png", b"1"), ("caf\udce9.png", b"2"), ("caf\udce9.cls", b"3"), ("b.p\udce9g", b"4"), ("c.png", b"5")]
+    shard = TarShard(write_tar(tmp_path / "s.tar", members, format))
+    assert shard.keys == ["a", "caf\\xe9", "b", "c"]
+    for record in (1, 2):
+        with pytest.raises(SampleError, match="its name is not UTF-8"):
+            shard.read(record)
+    assert [shard.read(0)["png"], shard.read(3)["png"]] == [b"1", b"5"]
+    path = write_tar(tmp_path / "cut.tar", [("caf\udce9.png", b"2" * 2000)], format)
+    path.write_bytes(path.read_bytes()[:2000])
+    damaged = TarShard(path)
+    assert damaged.damage is not None and damaged.damage.endswith("within caf\\xe9.png")
+
+
 def test_a_file_cut_off_after_opening_fails_the_sample(tmp_path, write_tar):
     path = write_tar(tmp_path / "s.tar", [("a.png", b"a"), ("b.png", b"b" * 5000)])
     shard = TarShard(path)
@@ -151,7 +166,7 @@ def mixed_tar(path, rng):
     with tarfile.open(path, "w", format=formats[rng.integers(3)]) as tar:
         for number in range(rng.integers(1, 300)):
             folder = rng.choice(["", "", "", "a/", "a.b/c/", "d" * 90 + "/"])
-            for extension in rng.choice(["png", "cls", "json", "SEG.png", "exe", "__"], rng.integers(1, 4)):
+            for extension in rng.choice(["png", "cls", "json", "SEG.png", "exe", "__", "\udce9"], rng.integers(1, 4)):
                 info = tarfile.TarInfo(f"{folder}{rng.choice(['', '', '__', '.'])}{number // 2}.{extension}")
                 info.size, info.mtime = int(rng.integers(0, 1500)), float(rng.integers(2) and 1.5)
                 info.type = rng.choice([tarfile.REGTYPE] * 30 + [tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE])

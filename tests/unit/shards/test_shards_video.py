@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
 import av
@@ -132,3 +133,30 @@ def test_clips_in_folders_are_copied_as_they_are(tmp_path, long_clip):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no clips here"):
         make_source("video", str(tmp_path / "none"))
+
+
+def changing_clip():
+    """Eight frames of 32x32, then eight of 64x64, in one stream."""
+    data = io.BytesIO()
+    with av.open(data, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for start, side in ((0, 32), (8, 64)):
+            encoder = av.CodecContext.create("libx264", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = side, side, "yuv420p"
+            encoder.time_base, encoder.framerate, encoder.options = Fraction(1, 8), 8, {"tune": "zerolatency"}
+            for number in [*range(start, start + 8), None]:
+                frame = None
+                if number is not None:
+                    frame = av.VideoFrame.from_ndarray(np.full((side, side), 16 * number, np.uint8), format="gray")
+                    frame.pts, frame.time_base = number, encoder.time_base
+                for packet in encoder.encode(frame):
+                    packet.stream = stream
+                    container.mux(packet)
+    return data.getvalue()
+
+
+def test_a_clip_whose_frames_change_in_size_says_why():
+    assert decode_clip({"mp4": changing_clip()}, 1, 1, None).shape == (1, 1, 64, 64)
+    with pytest.raises(DecodeError, match=r"the \.mp4 changes its size: 32x32, 64x64"):
+        decode_clip({"mp4": changing_clip()}, 4, 1, 16)
