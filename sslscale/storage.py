@@ -343,6 +343,21 @@ def names(folder: Path) -> list[str]:
         return []
 
 
+def sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes of the files directly in a folder; none where there is no such folder."""
+    url = remote_url(folder)
+    if url is None:
+        files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        return {path.name: path.stat().st_size for path in files}
+    fs, target = filesystem(url)
+    try:
+        entries = retrying(fs.ls, target, detail=True)
+    except FileNotFoundError:
+        return {}
+    found = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+    return {name: size for name, size in found.items() if name}  # some clients write the folder itself, too
+
+
 def size(path: Path) -> int | None:
     """Bytes of a file, wherever it lies; None where there is none."""
     url = remote_url(path)

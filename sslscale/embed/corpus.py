@@ -24,6 +24,8 @@ class Corpus:
     """`generations` lists the shards of each: `[name, samples, bytes, sha256]`, and a hash of what is left out."""
 
     generations: Sequence[Sequence[Any]]
+    changed: Sequence[str] = ()
+    """Shards of the corpus that the folder holds which are gone or others by now; this is another corpus then."""
 
     @classmethod
     def of(cls, shards: ShardSet, folder: Path) -> Corpus:
@@ -34,10 +36,11 @@ class Corpus:
         now = dict(zip([info.name for info in shards.shards], _records(shards), strict=True))
         known = read_json(folder / FILE)["generations"] if (folder / FILE).is_file() else []
         old = {record[0]: record for generation in known for record in generation}
-        if not all(name in now and _same(record, now[name]) for name, record in old.items()):
+        changed = [name for name, record in old.items() if name not in now or not _same(record, now[name])]
+        if changed:
             known, old = [], {}
         new = [record for name, record in now.items() if name not in old]
-        return cls([*known, new] if new or not known else known)
+        return cls([*known, new] if new or not known else known, changed)
 
     @property
     def origin(self) -> str:

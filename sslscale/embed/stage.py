@@ -15,12 +15,12 @@ from sslscale.embed.corpus import Corpus
 from sslscale.embed.worker import EmbedWorker
 from sslscale.errors import UserError
 from sslscale.features.files import write_npy
-from sslscale.features.store import FORMAT_VERSION, FeatureStore
+from sslscale.features.store import FORMAT_VERSION, FeatureStore, part_name
 from sslscale.models.load import EmbedderSpec, find_embedder
 from sslscale.models.outputs import fit_pca
 from sslscale.objectives.export import read_objective_meta
 from sslscale.pretrain.stage import dataset_shards
-from sslscale.rundir import RunDir, Stage
+from sslscale.rundir import RunDir, Stage, discard
 from sslscale.runtime.base import Resources, Runtime
 from sslscale.runtime.progress import Progress
 from sslscale.shards.dataset import ShardSet
@@ -67,18 +67,35 @@ def _with_pca(run: RunDir, config: RunConfig, runtime: Runtime, spec: EmbedderSp
         if name in ("pca", "pca_rows", "batch_size", "autocast", "compile")
     }
     settings |= {"dataset": dataset, "size": spec.size, "threads": config.runtime.threads}
-    stage = run.open_stage("projection", None, settings, {"backbone": spec.sha256}, overwrite=overwrite)
+    corpus = Corpus.of(shards, run.stage_path("projection"))
+    spans = _sample_spans(shards, config.embed.pca_rows)
+    _check_enough(sum(len(span) for part in spans for span in part), dim)
+    parents = {"shards": corpus.origin, "backbone": spec.sha256}
+    stage = run.open_stage("projection", None, settings, parents, overwrite=overwrite)
     if not stage.done:
-        spans = _sample_spans(shards, config.embed.pca_rows)
+        corpus.save(stage.path)
         raw = config.embed.model_copy(update={"dtype": "fp32", "normalize": False})  # what the projection is given
         with _pool(stage, config.model_copy(update={"embed": raw}), runtime, shards, spec, len(spans)) as pool:
             samples = [features for _, features in sorted(pool.map("sample", spans), key=lambda found: found[0])]
         rows = np.concatenate(samples)
-        if len(rows) <= dim:
-            raise UserError("there are too few samples to fit embed.pca", got=len(rows), allowed=f"more than {dim}")
+        try:
+            _check_enough(len(rows), dim)
+        except UserError:
+            discard(stage.path)  # so that it does not refuse the setting that mends this
+            raise
         write_npy(stage.path / "projection.npy", fit_pca(rows, dim))
         stage.finish({"kind": "pca", "dim": dim, "of": width, "rows": len(rows)})
     return spec.projected(stage.path / "projection.npy")
+
+
+def _check_enough(samples: int, dim: int) -> None:
+    if samples <= dim:
+        raise UserError(
+            "there are too few samples to fit embed.pca",
+            got=samples,
+            allowed=f"more than {dim}",
+            fix="lower embed.pca, or raise embed.pca_rows where there are more samples",
+        )
 
 
 def _sample_spans(shards: ShardSet, rows: int) -> list[list[Span]]:
@@ -111,14 +128,20 @@ def embed_dataset(
         del settings[name]
     objective = _objective(spec)
     parents = {"shards": corpus.origin, "backbone": spec.sha256, **objective}
-    stage = run.open_stage("embed", dataset, settings, parents, overwrite=overwrite)
+    try:
+        stage = run.open_stage("embed", dataset, settings, parents, overwrite=overwrite)
+    except UserError as error:
+        if not corpus.changed:
+            raise
+        names = f"{', '.join(corpus.changed[:3])}{' ...' if len(corpus.changed) > 3 else ''}"
+        raise UserError(error.what, got=f"{error.got} (changed or gone: {names})", fix=error.fix) from None
+    parts = corpus.parts(shards, config.embed.part_rows)
+    records, whole = _kept(stage, len(parts))
     if stage.done:
-        if stage.result["corpus"] == corpus.fingerprint:
+        if whole and stage.result["corpus"] == corpus.fingerprint:
             return stage.result
         run.on_start()
     corpus.save(stage.path)
-    parts = corpus.parts(shards, config.embed.part_rows)
-    records = {part: stage.part_done(f"part-{part:05d}") for part in range(len(parts))}
     todo = [(part, parts[part]) for part, record in records.items() if record is None]
     begin = time.perf_counter()
     with (
@@ -130,7 +153,7 @@ def embed_dataset(
             failures = record.pop("failures")
             record["failed"] = len(failures)
             part = todo[index][0]
-            stage.finish_part(f"part-{part:05d}", record, failures)
+            stage.finish_part(part_name(part), record, failures)
             records[part] = record
             progress.advance(record["samples_in"])
     done = sum(len(span) for _, spans in todo for span in spans)
@@ -145,6 +168,21 @@ def embed_dataset(
             "samples_per_second": done / (time.perf_counter() - begin),
         }
     )
+
+
+def _kept(stage: Stage, parts: int) -> tuple[dict[int, dict[str, Any] | None], bool]:
+    """The record of each part, None where a file of it is missing or cut; and whether nothing at all is missing."""
+    found = storage.sizes(stage.path)
+    records = {part: stage.part_done(part_name(part)) for part in range(parts)}
+    kept = {part: record if record and _is_there(record, found) else None for part, record in records.items()}
+    return kept, {"ids.npy", "features.json"} <= found.keys() and None not in kept.values()
+
+
+def _is_there(record: dict[str, Any], found: dict[str, int]) -> bool:
+    """Whether both files of a part have the sizes in its record, which former versions did not write."""
+    name = part_name(record["part"])
+    sizes = {"bytes": found.get(f"{name}.npy"), "table_bytes": found.get(f"{name}.parquet")}
+    return all(size is not None and record.get(field, size) == size for field, size in sizes.items())
 
 
 def _objective(spec: EmbedderSpec) -> dict[str, str]:

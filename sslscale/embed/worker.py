@@ -89,6 +89,8 @@ class EmbedWorker:
         failures: list[dict[str, Any]] = []
         features, further, rows = self._features(spans, failures)
         record = self._write(part, features, further, rows)
+        sizes = zip(("bytes", "table_bytes"), self.store.part_files(part), strict=True)
+        record |= {name: file.stat().st_size for name, file in sizes}
         return {**record, "samples_in": sum(map(len, spans)), "failures": failures}
 
     def sample(self, spans: list[Span], broadcast: None = None) -> np.ndarray:

@@ -134,6 +134,10 @@ class FeatureStore:
             pq.write_table(pa.table(columns), temporary, row_group_size=ROW_GROUP)
         return asdict(StoredPart(part, len(rows), hash_file(array), hash_file(table)))
 
+    def part_files(self, part: int) -> tuple[Path, Path]:
+        """The two files of a part: its rows and its table."""
+        return self._path(part, ".npy"), self._path(part, ".parquet")
+
     def commit(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Makes the parts whose records these are (0 .. P-1, any order) the store: the id table, then features.json."""
         self.parts = tuple(sorted((StoredPart(**record) for record in records), key=lambda part: part.part))
@@ -222,12 +226,14 @@ class FeatureStore:
     def find(self, key: str) -> list[int]:
         """The row ids of a key: none, one, or several where shards repeat it.
 
-        128 bits of a cryptographic hash stand for the key: no part's table needs to be opened to compare it.
+        128 bits of a cryptographic hash stand for the key: no part's table needs to be opened to compare it. The id
+        table may be a newer one than this: what it knows of parts that came later does not count.
         """
         high, low, ids = self._ids
         (wanted,), (rest,) = hash_keys([key])
         start, stop = np.searchsorted(high, wanted, "left"), np.searchsorted(high, wanted, "right")
-        return ids[start:stop][low[start:stop] == rest].astype(np.int64).tolist()
+        found = ids[start:stop][low[start:stop] == rest].astype(np.int64)
+        return found[found >> 32 < len(self.parts)].tolist()
 
     @cached_property
     def _ids(self) -> np.ndarray:

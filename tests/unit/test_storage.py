@@ -47,6 +47,12 @@ def test_a_working_copy_says_which_url_it_is_of(tmp_path: Path) -> None:
     assert storage.remote_url(tmp_path / "run") is None
 
 
+def test_sizes_are_of_the_files_in_a_folder(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "folder" / "part", b"four")
+    assert storage.sizes(tmp_path) == storage.sizes(tmp_path / "none") == {}
+    assert storage.sizes(tmp_path / "folder") == {"part": 4}
+
+
 def test_a_local_path_asks_nobody(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from sslscale.rundir import RunDir\n"
@@ -122,6 +128,8 @@ def test_folders_that_other_clients_write_are_no_files(s3: str) -> None:
     storage.pull(run)
     assert read_json(run / "embed" / "checkpoints" / "features.json") == 1, "also of a dataset with such a name"
     assert storage.names(run) == ["embed"]
+    write_atomic(run / "embed" / "part", b"four")
+    assert storage.sizes(run / "embed") == {"part": 4} and storage.sizes(run) == storage.sizes(run / "none") == {}
 
 
 def test_a_file_that_changed_elsewhere_is_fetched_again_and_one_that_is_gone_is_deleted(s3: str) -> None:

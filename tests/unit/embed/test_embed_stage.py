@@ -6,43 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from embed_cases import embed, part_files
 
-from sslscale.config import BackboneConfig, RunConfig
-from sslscale.embed.stage import run_embed
+from sslscale.config import BackboneConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureStore, open_features
 from sslscale.models.export import export_backbone
 from sslscale.models.image import Backbone
 from sslscale.rundir import RunDir
-from sslscale.runtime.base import make_runtime
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.plan import Span
 from sslscale.shards.stream import Sample, read_spans
-
-
-@pytest.fixture
-def shards(tmp_path, write_shard):
-    for name, count in (("b-0", 70), ("b-1", 0), ("b-2", 50)):
-        write_shard(tmp_path / "shards" / f"{name}.tar", count)
-    return tmp_path / "shards"
-
-
-def embed(tmp_path, overwrite=False, limit=None, **settings):
-    defaults = {"backbone": "pixels", "size": 8, "channels": 1, "part_rows": 32, "batch_size": 16, "dtype": "fp32"}
-    config = RunConfig.model_validate(
-        {
-            "datasets": {"train": str(tmp_path / "shards"), "test": str(tmp_path / "shards")},
-            "limit": limit,
-            "runtime": {"name": "local", "workers": 1},
-            "embed": {**defaults, **settings},
-        }
-    )
-    with RunDir(tmp_path / "run") as run:
-        return run_embed(run, config, make_runtime("local"), overwrite=overwrite)["train"]
-
-
-def part_files(tmp_path):
-    return {file.name: file.read_bytes() for file in sorted((tmp_path / "run/embed/train").glob("part-*"))}
 
 
 def test_shards_that_come_later_are_embedded_alone(tmp_path, shards, write_shard):
@@ -96,7 +70,8 @@ def test_a_corpus_that_changed_is_refused(tmp_path, shards, write_shard, change)
     elif change == "gone":
         (shards / "b-1.tar").unlink()
         (shards / "shards.json").unlink()
-    with pytest.raises(UserError, match=r"other settings[\s\S]*shards:"):
+    names = {"replaced": r"b-0\.tar", "gone": r"b-1\.tar", "limit": r"b-0\.tar, b-2\.tar"}
+    with pytest.raises(UserError, match=rf"other settings[\s\S]*shards:.*\(changed or gone: {names[change]}\)"):
         embed(tmp_path, limit=60 if change == "limit" else None)
     assert part_files(tmp_path) == before
     assert embed(tmp_path, overwrite=True, limit=60 if change == "limit" else None)["generations"] == 1

@@ -95,6 +95,15 @@ def test_the_id_table_is_the_same_however_much_of_it_is_sorted_at_a_time(tmp_pat
     assert pieces.identity == whole.identity
 
 
+def test_an_id_table_that_another_process_has_grown_names_no_part_that_is_not_open(tmp_path):
+    opened = write_store(tmp_path, sizes=(5,))
+    grown = write_store(tmp_path, sizes=(5, 3))
+    assert grown.find("k1-2") == [1 << 32 | 2]
+    assert opened.find("k1-2") == [] and opened.find("k0-2") == [2]
+    with pytest.raises(UserError, match="no sample with this key"):
+        FeatureSet({"train": opened}).lookup("k1-2")
+
+
 def test_look_up_opens_no_table(tmp_path, monkeypatch):
     store = write_store(tmp_path)
     for part in store.parts:
