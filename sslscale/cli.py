@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -298,7 +298,10 @@ def features_export(
     from sslscale.rundir import RunDir
     from sslscale.runtime.base import make_runtime
 
-    with RunDir(run) as held, closing(make_runtime(runtime, address=address, verbose=verbose)) as workers:
+    with ExitStack() as stack:
+        # Only a viewer writes into the run: its neighbours.
+        held = stack.enter_context(RunDir(run)) if format == "viewer" else RunDir.reading(run)
+        workers = stack.enter_context(closing(make_runtime(runtime, address=address, verbose=verbose)))
         for path in export_features(held, workers, format=format, output=output, dataset=dataset):
             typer.echo(path)
 

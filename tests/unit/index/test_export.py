@@ -3,7 +3,9 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from sslscale.cli import app
 from sslscale.config import RunConfig, dump_config
 from sslscale.errors import UserError
 from sslscale.features import FeatureStore
@@ -50,6 +52,17 @@ def test_info(run):
     assert described["bytes"] == 70 * 6 * 2 and described["columns"] == ["key", "shard", "offset"]
 
 
+def test_info_reads_no_features_and_no_tables(run, monkeypatch):
+    expected = describe_features(run)
+
+    def refuse(*arguments):
+        raise AssertionError("a file that grows with the data is read")
+
+    for name in ("open_block", "table"):
+        monkeypatch.setattr(FeatureStore, name, refuse)
+    assert describe_features(run) == expected
+
+
 def test_parquet(run, rows, tmp_path):
     paths = export(run, tmp_path, "parquet")
     tables = [pq.read_table(path) for path in paths]
@@ -63,6 +76,7 @@ def test_npy(run, rows, tmp_path):
     np.testing.assert_array_equal(np.load(array, mmap_mode="r"), rows)
     columns = pq.read_table(table).to_pydict()
     assert columns["key"][41] == "1-1" and columns["label"][39:42] == [None, 0, 1]
+    assert pq.ParquetFile(table).num_row_groups == 2  # written part by part
 
 
 def test_lance(run, rows, tmp_path):
@@ -73,9 +87,35 @@ def test_lance(run, rows, tmp_path):
     assert table.column("key").to_pylist()[40] == "1-0"
 
 
+def test_a_lance_export_that_is_broken_off_leaves_nothing(run, tmp_path, monkeypatch):
+    pytest.importorskip("lance")
+    table = FeatureStore.table
+
+    def die_at_the_second(store, part, columns=None):
+        if part:
+            raise RuntimeError("broken off")
+        return table(store, part, columns)
+
+    monkeypatch.setattr(FeatureStore, "table", die_at_the_second)
+    with pytest.raises(Exception, match="broken off"):  # lance may hand it on as an error of its own
+        export(run, tmp_path / "out", "lance")
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    assert len(export(run, tmp_path / "out", "lance")) == 1
+
+
+def test_a_run_that_is_at_work_can_be_exported(run, tmp_path):
+    command = ["features", "export", str(run.path), "--output", str(tmp_path / "out"), "--format"]
+    with RunDir(run.path):
+        assert CliRunner().invoke(app, [*command, "parquet"]).exit_code == 0
+        refused = CliRunner().invoke(app, [*command, "viewer"]).exception  # its neighbours go into the run
+    assert isinstance(refused, UserError) and len(list((tmp_path / "out").rglob("*.parquet"))) == 2
+
+
 def test_viewer(run, rows, tmp_path):
     [path] = export(run, tmp_path, "viewer")
     table = pq.read_table(path)
+    assert pq.ParquetFile(path).num_row_groups == 2 and table.column("label").to_pylist()[39:42] == [None, 0, 1]
     assert {"id", "vector", "neighbors"} <= set(table.column_names)
     neighbours = table.column("neighbors").to_pylist()
     unit = prepare(rows.astype(np.float32), "cosine")
