@@ -12,13 +12,16 @@ drawn equally from their clusters have that density, and the next centroids p^(a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from sslscale.cluster.lloyd import SAMPLE_PER_CLUSTER, ArrayRows, lloyd
+from sslscale.cluster.lloyd import SAMPLE_PER_CLUSTER, ArrayRows, lloyd, schedule
 from sslscale.cluster.seeding import initial_state
+from sslscale.cluster.tree import Tree, by_group, nearest_group
 from sslscale.features import FeatureSet, sample_positions
 from sslscale.features.distance import prepare
+from sslscale.runtime.base import compute_threads
 
 RESAMPLINGS = 4  # of the balanced method
 
@@ -58,6 +61,39 @@ def split(
         tolerance=tolerance,
     )
     return state.centroids[0]
+
+
+def tree_of(parents: np.ndarray, counts: np.ndarray) -> Tree:
+    """Over the children of parents (P, D), `counts` (P,) of each, that stand one parent after the other."""
+    return Tree(parents, np.arange(counts.sum()), np.concatenate([[0], np.cumsum(counts)]))
+
+
+def fit_array(
+    rows: ArrayRows, num_clusters: int, init: str, num_init: int, max_iterations: int, tolerance: float, seed: int
+) -> tuple[np.ndarray, Tree, int]:
+    """Centroids (K, D) of an array's rows, the tree to assign by, and how often the parents were updated."""
+    x, metric = rows.x, rows.metric
+    number = num_parents(num_clusters)
+    state = lloyd(
+        rows,
+        initial_state(rows, number, init, num_init, seed),
+        metric=metric,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        steps=schedule("minibatch", len(x), number),
+    )
+    parents = state.centroids[state.best]
+    order, starts = by_group(nearest_group(x, metric, parents), len(parents))
+    counts = child_counts(np.diff(starts), num_clusters)
+
+    def children(parent: int) -> np.ndarray:
+        own, wanted = order[starts[parent] : starts[parent + 1]], int(counts[parent])
+        sample = prepare(x[own[sample_positions(len(own), sample_limit(wanted), seed)]], metric)
+        return split(sample, wanted, metric, init, max_iterations, tolerance, seed)
+
+    with compute_threads(1), ThreadPoolExecutor(rows.threads) as pool:
+        centroids = np.concatenate(list(pool.map(children, np.flatnonzero(counts).tolist())))
+    return centroids, tree_of(parents, counts), int(state.iterations[state.best])
 
 
 def gather(

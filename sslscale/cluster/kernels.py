@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -191,11 +192,15 @@ class Farthest:
 
     @classmethod
     def merge(cls, found: Iterable[Farthest], count: int) -> Farthest:
-        """The `count` highest of several; ties go to the earlier one."""
-        columns = zip(*(vars(part).values() for part in found), strict=True)
-        joined = cls(*(np.concatenate(column) for column in columns))
-        order = np.argsort(-joined.keys, kind="stable")[:count]
-        return cls(*(column[order] for column in vars(joined).values()))
+        """The `count` highest of several, each in this order; ties go to the earlier one. Two are held at a time."""
+
+        def higher(one: Farthest, other: Farthest) -> Farthest:
+            pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+            columns = [np.concatenate(pair) for pair in pairs]
+            order = np.argsort(-columns[0], kind="stable")[:count]
+            return cls(*(column[order] for column in columns))
+
+        return reduce(higher, found)
 
 
 def farthest(

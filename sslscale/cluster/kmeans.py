@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 INITS = ("auto", "k-means++", "kmeans||", "random")
 METRICS = ("l2", "cosine")
-METHODS = ("lloyd", "minibatch")
+METHODS = ("lloyd", "minibatch", "hierarchical")
 # Folders of what goes to which centroid or parent. Below them is one for each pass: a name is written once, since who
 # has brought a file from another machine does not ask for it again.
 RANGES, BY_PARENT = "ranges", "hierarchy/rows"
@@ -55,12 +56,14 @@ class KMeans(ClusterMixin, BaseEstimator):
     kmeans|| for a thousand clusters and more) or an array (K, D); the lowest objective of `num_init` restarts wins.
     `method` is "lloyd", exact from the first iteration, or "minibatch", whose early iterations, if rows are many, see
     growing samples, go past the means and compare with near groups of centroids only (see `lloyd.schedule`); both end
-    with exact, plain passes over all rows. Iterations end when the objective falls by at most `tolerance` of itself.
+    with exact, plain passes over all rows. "hierarchical", for very many clusters, splits the rows of sqrt(K) parents
+    and compares a row with a small part of the clusters (see hierarchy.py); it takes neither weights nor an array as
+    init. Iterations end when the objective falls by at most `tolerance` of itself.
     Above 65536 rows `threads` share the work; how many does not change the result. `device` is "cpu", "cuda" or "auto":
     a GPU where there is one.
 
-    Fitted: `cluster_centers_` (K, D), `labels_` int32 (N,), `n_iter_` (updates of the winner), and `inertia_`, the
-    objective: the sum of squared Euclidean distances, or of 1 - cosine, to the nearest centroid, in float64.
+    Fitted: `cluster_centers_` (K, D), `labels_` int32 (N,), `n_iter_` (updates of the winner, or of its parents), and
+    `inertia_`, the objective: the sum of squared Euclidean distances, or of 1 - cosine, to the centroid, in float64.
     """
 
     def __init__(
@@ -95,32 +98,37 @@ class KMeans(ClusterMixin, BaseEstimator):
         """
         X = validate_data(self, X, dtype=[np.float32, np.float64], accept_large_sparse=False)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, dtype=np.float64)
-        self._check_settings(len(X))
+        self._check_settings(len(X), weights)
         init = self.init if isinstance(self.init, str) else prepare(np.array(self.init, dtype=X.dtype), self.metric)
         on_device = _on_device(self.device)
         rows = ArrayRows(X, self.metric, weights, self.threads, on_device)
         seed = int(check_random_state(self.random_state).randint(2**31))
-        state = lloyd(
-            rows,
-            initial_state(rows, self.num_clusters, init, self.num_init, seed),
-            metric=self.metric,
-            max_iterations=self.max_iterations,
-            tolerance=self.tolerance,
-            steps=schedule(self.method, len(X), self.num_clusters),
-        )
-        self.cluster_centers_ = state.centroids[state.best]
-        self.labels_, squared = _assign(X, self.metric, self.cluster_centers_, on_device)
+        self._tree: Tree | None = None
+        if self.method == "hierarchical":
+            self.cluster_centers_, self._tree, self.n_iter_ = hierarchy.fit_array(
+                rows, self.num_clusters, init, self.num_init, self.max_iterations, self.tolerance, seed
+            )
+        else:
+            state = lloyd(
+                rows,
+                initial_state(rows, self.num_clusters, init, self.num_init, seed),
+                metric=self.metric,
+                max_iterations=self.max_iterations,
+                tolerance=self.tolerance,
+                steps=schedule(self.method, len(X), self.num_clusters),
+            )
+            self.cluster_centers_, self.n_iter_ = state.centroids[state.best], int(state.iterations[state.best])
+        self.labels_, squared = _assign(X, self.metric, self.cluster_centers_, on_device, tree=self._tree)
         self.inertia_ = to_objective(squared.sum() if weights is None else weights @ squared, self.metric)
-        self.n_iter_ = int(state.iterations[state.best])
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The nearest centroid of each row of X (N, D): int32 (N,)."""
+        """The nearest centroid of each row of X (N, D), or about, if "hierarchical": int32 (N,)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
-        return _assign(X, self.metric, self.cluster_centers_, _on_device(self.device))[0]
+        return _assign(X, self.metric, self.cluster_centers_, _on_device(self.device), tree=self._tree)[0]
 
-    def _check_settings(self, num_rows: int) -> None:
+    def _check_settings(self, num_rows: int, weights: np.ndarray | None) -> None:
         if self.metric not in METRICS:
             raise UserError("unknown metric", got=self.metric, allowed=", ".join(METRICS))
         if self.method not in METHODS:
@@ -130,6 +138,10 @@ class KMeans(ClusterMixin, BaseEstimator):
         expected = (self.num_clusters, self.n_features_in_)
         if not isinstance(self.init, str) and np.shape(self.init) != expected:
             raise UserError("init has another shape than the centroids", got=np.shape(self.init), allowed=expected)
+        if self.method == "hierarchical" and (weights is not None or not isinstance(self.init, str)):
+            raise UserError(
+                "method='hierarchical' takes neither weights nor an array as init", fix="choose another method"
+            )
         check_num_clusters(self.num_clusters, num_rows)
 
 
@@ -164,12 +176,17 @@ def _assign(
     centroids: np.ndarray,
     on_device: DeviceKernels | None = None,
     name: Hashable = None,
+    tree: Tree | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels int32 (n,) and squared L2 distances float64 (n,) of rows (n, D), read in blocks."""
-    if on_device is not None:
+    """Labels int32 (n,) and squared L2 distances float64 (n,) of rows (n, D), read in blocks; exact without a tree."""
+    if on_device is not None and tree is None:
         return on_device.assign(rows, metric, centroids, name)
     labels = np.empty(len(rows), dtype=np.int32)
     squared = np.empty(len(rows))
+    if tree is not None:
+        for at, x, own in tree.assign(rows, metric, centroids):
+            labels[at], squared[at] = own, squared_distances(x, centroids, own)
+        return labels, squared
     nearest = NearestCentroid(centroids.astype(np.result_type(rows.dtype, np.float32), copy=False))
     for here, x in blocks(rows, metric):
         labels[here] = nearest(x)
@@ -269,7 +286,8 @@ class KMeansWorker:
         folder, spans = self._only(BY_PARENT, name), []
         for part in self.features.parts:
             order, starts = (open_npy(folder / f"{of}-{part.number:05d}.npy") for of in ("order", "starts"))
-            spans.append((part.number, order[starts[parent] : starts[parent + 1]]))
+            own = np.array(order[starts[parent] : starts[parent + 1]])  # a view would keep a file of each part open
+            spans.append((part.number, own))
         return hierarchy.gather(self.features, spans, self.metric, limit, seed)
 
     def split(self, item: tuple[int, int], settings: tuple[str, str, int, float, int]) -> None:
@@ -309,13 +327,7 @@ class KMeansWorker:
         """
         centroids, tree = clusters
         rows = self.features.block(part)
-        if tree is not None:
-            labels, squared = np.empty(len(rows), dtype=np.int32), np.empty(len(rows))
-            for at, x, own in tree.assign(rows, self.metric, centroids):
-                labels[at], squared[at] = own, squared_distances(x, centroids, own)
-        else:
-            labels, squared = _assign(rows, self.metric, centroids, self.on_device, part)
-        return self._write(part, labels, squared)
+        return self._write(part, *_assign(rows, self.metric, centroids, self.on_device, part, tree))
 
     def _write(self, part: int, labels: np.ndarray, squared: np.ndarray) -> dict[str, Any]:
         file = self.features.parts[part].file
@@ -342,7 +354,7 @@ class PoolRows:
         if by_range(wanted.centroids):
             return self._totals_by_range(wanted)
         total = Totals.zero(wanted.centroids)
-        for part in in_order(self.pool.map("totals", self._parts, wanted)):
+        for part in self._in_order("totals", self._parts, wanted):
             total.add(part)
         return total
 
@@ -350,7 +362,7 @@ class PoolRows:
         total = Totals.zero(wanted.centroids)
         name = str(next(_passes))
         items = [(part, restart) for part in self._parts for restart in range(len(wanted.centroids))]
-        squares = in_order(self.pool.map("sort", items, (wanted, name)))
+        squares = self._in_order("sort", items, (wanted, name))
         for (_, restart), square in zip(items, squares, strict=True):
             total.squares[restart] += square
         split = ranges(wanted.centroids)
@@ -362,27 +374,19 @@ class PoolRows:
         return total
 
     def farthest(self, wanted: Pass, count: int) -> Farthest:
-        return Farthest.merge(in_order(self.pool.map("farthest", self._parts, (wanted, count))), count)
+        return Farthest.merge(self._in_order("farthest", self._parts, (wanted, count)), count)
 
     def drawn(self, candidates: Candidates, count: int) -> Farthest:
-        return Farthest.merge(in_order(self.pool.map("drawn", self._parts, (candidates, count))), count)
+        return Farthest.merge(self._in_order("drawn", self._parts, (candidates, count)), count)
 
     def weighed(self, candidates: Candidates) -> np.ndarray:
-        return np.sum(list(in_order(self.pool.map("weighed", self._parts, candidates))), axis=0)
+        return reduce(np.add, self._in_order("weighed", self._parts, candidates))
 
     def sample(self, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         ids = self.features.row_ids(sample_positions(self.num_rows, size, seed))
         items = [(int(part), ids[ids >> 32 == part] & 0xFFFFFFFF) for part in np.unique(ids >> 32)]
-        rows = np.concatenate(list(in_order(self.pool.map("gather", items))))
+        rows = np.concatenate(list(self._in_order("gather", items)))
         return rows, np.ones(len(rows))
 
-
-def in_order(results: Iterator[tuple[int, Any]]) -> Iterator[Any]:
-    """Results by the order of their items; those that finish early wait."""
-    waiting: dict[int, Any] = {}
-    following = 0
-    for index, result in results:
-        waiting[index] = result
-        while following in waiting:
-            yield waiting.pop(following)
-            following += 1
+    def _in_order(self, method: str, items: Sequence[Any], broadcast: Any = None) -> Iterator[Any]:
+        return (result for _, result in self.pool.map(method, items, broadcast, ordered=True))

@@ -171,10 +171,12 @@ class LloydState:
     """All that the next iteration depends on."""
 
     centroids: np.ndarray  # (R, K, D)
-    objective: np.ndarray  # (R,) float64, at the last pass; inf before the first
+    objective: np.ndarray  # (R,) float64, at the last pass; inf before the first over these rows
     active: np.ndarray  # (R,) bool
     iterations: np.ndarray  # (R,) int64, updates made so far
     steps: np.ndarray  # (R,) int64, where each is in the schedule
+    measured: np.ndarray  # (R,) float64, the objective at its last pass, estimated from the rows that it looked at
+    shares: np.ndarray  # (R,) float64, the share of the rows that this was
     passes: int = 0  # over the rows
 
     @property
@@ -190,13 +192,14 @@ class LloydState:
     def load(cls, path: Path) -> LloydState:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        return cls(**{**arrays, "passes": int(arrays["passes"])})
+        before = {"measured": arrays["objective"].copy(), "shares": np.ones(len(arrays["objective"]))}  # as it was
+        return cls(**{**before, **arrays, "passes": int(arrays["passes"])})
 
     @classmethod
     def start(cls, centroids: np.ndarray) -> LloydState:
         """Before the first pass, at centroids (R, K, D)."""
-        zeros = np.zeros(len(centroids), dtype=np.int64)
-        return cls(centroids, np.full(len(centroids), np.inf), zeros == 0, zeros, zeros.copy())
+        zeros, unknown = np.zeros(len(centroids), dtype=np.int64), np.full(len(centroids), np.inf)
+        return cls(centroids, unknown, zeros == 0, zeros, zeros.copy(), unknown.copy(), np.zeros(len(centroids)))
 
 
 def lloyd(
@@ -213,12 +216,16 @@ def lloyd(
 
     A restart has converged when its objective falls by at most `tolerance` times itself and no cluster is empty that
     a row could fill. An earlier step ends when the update to come would lower the objective by as little, by the step's
-    own tolerance; every restart ends with a pass of the last step, so that objectives compare. `checkpoint(state)` is
-    called after every pass; going on from a saved state gives the same bits.
+    own tolerance, or when only as many updates are left as there are steps to come; every restart ends with a pass of
+    the last step, so that objectives compare. `checkpoint(state)` is called after every pass; going on from a saved
+    state gives the same bits.
     """
     last = len(steps) - 1
     while state.active.any():
         running = np.flatnonzero(state.active)
+        for restart in running:
+            updates = max_iterations - state.iterations[restart]
+            _go_to(state, restart, min(last, last + 1 - updates), steps)
         now_at, centroids = [steps[step] for step in state.steps[running]], state.centroids[running]
         trees = [None if step.exact else Tree.over(own) for step, own in zip(now_at, centroids, strict=True)]
         wanted = Pass(centroids, np.array([step.share for step in now_at]), trees)
@@ -228,7 +235,8 @@ def lloyd(
             before, now = state.objective[restart], objective[at]
             step = state.steps[restart]
             at_last = step == last
-            state.objective[restart] = now
+            state.objective[restart] = state.measured[restart] = now
+            state.shares[restart] = wanted.shares[at]
             spent = state.iterations[restart] >= max_iterations
             filled = not spent and _refill_empty(rows, totals, at, wanted)
             if at_last:
@@ -236,23 +244,28 @@ def lloyd(
                 going_on = not spent and (filled or fell)
             else:
                 falls = _fall(totals, at, wanted.centroids[at], metric)
-                going_on = not spent and falls > max(tolerance, steps[step].tolerance)
+                going_on = falls > max(tolerance, steps[step].tolerance)
             state.active[restart] = going_on or not at_last
             if not going_on and not at_last:
-                following = last if spent else step + 1
-                if steps[following].share != steps[step].share:
-                    state.objective[restart] = np.inf  # of other rows
-                state.steps[restart] = following
+                _go_to(state, restart, step + 1, steps)
             if state.active[restart] and not spent:
                 own = wanted.centroids[at]
-                # The first centroids are rows, far from any mean; the last ones are to be means.
-                early = 0 < state.iterations[restart] < max_iterations - 1
-                relaxation = steps[step].relaxation if early else 1.0
+                # The first centroids are rows, far from any mean.
+                relaxation = steps[step].relaxation if state.iterations[restart] else 1.0
                 state.centroids[restart] = _update(totals.sums[at], totals.counts[at], own, metric, relaxation)
                 state.iterations[restart] += 1
         state.passes += 1
         checkpoint(state)
     return state
+
+
+def _go_to(state: LloydState, restart: int, following: int, steps: Sequence[Step]) -> None:
+    """Takes a restart to a later step; it stays at one that is no earlier."""
+    step = int(state.steps[restart])
+    if following > step:
+        if steps[following].share != steps[step].share:
+            state.objective[restart] = np.inf  # it was that of other rows
+        state.steps[restart] = following
 
 
 def _update(sums: np.ndarray, counts: np.ndarray, before: np.ndarray, metric: str, relaxation: float) -> np.ndarray:

@@ -13,6 +13,7 @@ from sslscale.cluster.lloyd import MIN_SAMPLE, SAMPLE_PER_CLUSTER, LloydState, R
 ROUNDS = 5  # of k-means||, each of which draws as many candidates as there are clusters
 ROWS_PER_CLUSTER = 32  # that k-means|| and random look at
 MANY_CLUSTERS = 1000  # from which on kmeans|| is as good and several times as fast
+MOST_CHOICES = 4096  # one after the other, when candidates are reduced
 MATRIX_BYTES = 2**29  # of the distances between all candidates, if they are kept
 
 
@@ -69,12 +70,14 @@ def _reduce(x: np.ndarray, weights: np.ndarray, num_clusters: int, seed: int) ->
 
     A draw is in proportion to w ||x - c||^2 to the nearest chosen c; the best is the one that leaves the least of that.
     Between few candidates all distances are computed at once: four times the usual 2 + log K draws then cost little,
-    and make up for the rows that are no candidates.
+    and make up for the rows that are no candidates. Of very many clusters some are chosen at once, as they are drawn:
+    each choice reads all candidates.
     """
     generator = np.random.default_rng(seed)
     centred = x - np.average(x, axis=0, weights=weights).astype(x.dtype)
     norms = np.einsum("cd,cd->c", centred, centred)
-    trials = 4 * (2 + int(np.log(num_clusters)))
+    at_once = max(1, num_clusters // MOST_CHOICES)
+    trials = 4 * (2 + int(np.log(num_clusters))) if at_once == 1 else at_once
 
     def squared(at: np.ndarray | slice) -> np.ndarray:
         found = centred[at] @ centred.T
@@ -88,7 +91,7 @@ def _reduce(x: np.ndarray, weights: np.ndarray, num_clusters: int, seed: int) ->
     chosen = [int(generator.choice(len(x), p=weights / weights.sum()))]
     nearest = squared(np.array(chosen))[0]
     while len(chosen) < num_clusters:
-        nearest[chosen[-1]] = 0
+        nearest[chosen[-at_once:]] = 0
         reach = np.cumsum(weights * nearest)
         drawn = np.searchsorted(reach, generator.random(trials) * reach[-1], side="right")
         drawn = np.minimum(drawn, len(x) - 1)
@@ -97,6 +100,10 @@ def _reduce(x: np.ndarray, weights: np.ndarray, num_clusters: int, seed: int) ->
         else:
             np.take(every, drawn, axis=0, out=left, mode="clip")  # "raise" would buffer
         np.minimum(left, nearest, out=left)
+        if at_once > 1:
+            chosen.extend(np.unique(drawn).tolist()[: num_clusters - len(chosen)])
+            nearest = left.min(axis=0)
+            continue
         best = int(np.argmin(left @ weights32))
         chosen.append(int(drawn[best]))
         nearest = left[best].copy()

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from sslscale import storage
-from sslscale.cluster.hierarchy import RESAMPLINGS, child_counts, num_parents, sample_limit, split
+from sslscale.cluster.hierarchy import RESAMPLINGS, child_counts, num_parents, sample_limit, split, tree_of
 from sslscale.cluster.kernels import nearest_centroid, squared_distances
-from sslscale.cluster.kmeans import BY_PARENT, RANGES, KMeansWorker, PoolRows, check_num_clusters, in_order
+from sslscale.cluster.kmeans import BY_PARENT, RANGES, KMeansWorker, PoolRows, check_num_clusters
 from sslscale.cluster.lloyd import LloydState, lloyd, schedule
 from sslscale.cluster.measures import Tally, davies_bouldin, imbalance, silhouette
 from sslscale.cluster.others import MAX_ROWS, NOISE, check_rows, fit_labels, means
@@ -65,7 +65,7 @@ def run_cluster(
     )
     if stage.done:
         return stage.result
-    device = runtime.device(settings.device)
+    device = _device(stage, runtime.device(settings.device))
     setup = {"features": features.paths, "metric": settings.metric, "output": str(stage.path), "device": device}
     workers = min(config.runtime.workers, len(features.parts))
     resources = Resources(threads=threads, gpus=1.0 if device == "cuda" else 0.0)
@@ -78,6 +78,21 @@ def run_cluster(
                 found = fit(stage, settings, numbers, config.seed, pool, features)
         measures = _measure(stage, settings, config.seed, features, open_npy(stage.path / "centroids.npy"))
     return stage.finish({"num_samples": features.num_rows, **found, **measures})
+
+
+def _device(stage: Stage, device: str) -> str:
+    """What the iterations run on, which stays so when they are resumed: early ones differ between CPUs and GPUs."""
+    begun = stage.part_done("device")
+    if begun is None:
+        stage.finish_part("device", {"device": device})
+    elif begun["device"] != device:
+        raise UserError(
+            "this clustering was begun on another device",
+            got=device,
+            allowed=begun["device"],
+            fix=f"set cluster.device={begun['device']}, or begin again with --overwrite",
+        )
+    return device
 
 
 def _numbers(settings: ClusterConfig, num_rows: int) -> list[int]:
@@ -109,7 +124,7 @@ def _fit_at_once(stage: Stage, settings: ClusterConfig, seed: int, features: Fea
     x = prepare(features.take(features.row_ids(positions)), settings.metric)
     assert isinstance(settings.num_clusters, int)
     labels = fit_labels(x, settings.method, settings.num_clusters, settings.num_init, seed)
-    centroids = means(x, labels)
+    centroids = prepare(means(x, labels), settings.metric)
     noise = labels == NOISE
     labels[noise] = nearest_centroid(x[noise], centroids)
     squared = squared_distances(x, centroids, labels)
@@ -171,8 +186,8 @@ def _fit_hierarchy(
         for _ in pool.map("split", missing, broadcast):
             progress.advance()
     discard(stage.path / BY_PARENT)
-    centroids = np.concatenate([open_npy(file) for file in files.values()])
-    tree = Tree(parents, np.arange(len(centroids)), np.concatenate([[0], np.cumsum(counts)]))
+    centroids = np.concatenate([np.array(open_npy(file)) for file in files.values()])  # closed one by one
+    tree = tree_of(parents, counts)
     candidates = [len(tree.candidates(parent)) for parent in range(len(parents))]
     write_npy(stage.path / "centroids.npy", centroids)
     return {
@@ -191,8 +206,8 @@ def _fit_evenly(
     seed, name = seed + turn, f"turn-{turn}"
     if not file.is_file():
         sizes = sum(own for _, own in pool.map("partition", parts, (parents, name)))
-        drawn = in_order(pool.map("rows_of", np.flatnonzero(sizes).tolist(), (name, sample_limit(1), seed)))
-        x = np.concatenate(list(drawn))
+        drawn = pool.map("rows_of", np.flatnonzero(sizes).tolist(), (name, sample_limit(1), seed), ordered=True)
+        x = np.concatenate([rows for _, rows in drawn])
         number = min(len(parents), len(x))
         write_npy(
             file, split(x, number, settings.metric, settings.init, settings.max_iterations, settings.tolerance, seed)
@@ -203,11 +218,14 @@ def _fit_evenly(
 def _take_given(
     stage: Stage, settings: ClusterConfig, numbers: list[int], seed: int, pool: Pool, features: FeatureSet
 ) -> dict[str, Any]:
-    """The clusters that the objective gave when the features were embedded; a centroid is its rows' mean."""
+    """The clusters that the objective gave when the features were embedded.
+
+    A centroid is its rows' mean, under "cosine" of unit length like all others.
+    """
     parts = [part.number for part in features.parts if part.rows]
     totals = sorted(pool.map("given", parts), key=lambda found: found[0])
     sums, sizes = (sum(part[at] for _, part in totals) for at in (0, 1))
-    centroids = (sums / np.maximum(sizes, 1)[:, None]).astype(np.float32)
+    centroids = prepare((sums / np.maximum(sizes, 1)[:, None]).astype(np.float32), settings.metric)
     write_npy(stage.path / "centroids.npy", centroids)
     objective = _assign_parts(stage, pool, features, centroids, "assign_given")
     return {"num_clusters": len(centroids), "objective": objective, "iterations": 0}
@@ -251,8 +269,14 @@ def _fit(rows: PoolRows, name: Path, settings: ClusterConfig, num_clusters: int,
         progress.start_at(state.passes)
 
         def checkpoint(state: LloydState) -> None:
-            best = to_objective(state.objective[state.best], settings.metric)
-            metrics.append(iteration=state.passes, objective=best, restarts=int(state.active.sum()))
+            at = int(np.lexsort((state.measured, -state.shares))[0])  # the best of those that saw most
+            best = to_objective(state.measured[at], settings.metric)
+            metrics.append(
+                iteration=state.passes,
+                objective=best,
+                share=float(state.shares[at]),
+                restarts=int(state.active.sum()),
+            )
             state.save(path)
             progress.advance(1, objective=best)
 

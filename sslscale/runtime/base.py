@@ -25,9 +25,13 @@ class Resources:
 class Pool(Protocol):
     """Workers that live until the pool is closed."""
 
-    def map(self, method: str, items: Iterable[Any], broadcast: Any = None) -> Iterator[tuple[int, Any]]:
-        """Yields `(index of the item, result)` as results finish.
+    def map(
+        self, method: str, items: Iterable[Any], broadcast: Any = None, *, ordered: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """Yields `(index of the item, result)` as results finish; or, `ordered`, by index.
 
+        What is ordered waits for slower items before it. So that little waits where a worker hangs or is lost, the
+        others then run ahead of the slowest by two items a worker at most.
         `broadcast` is sent once to each worker, not once an item; a method must not write to it. A lost worker is
         replaced and its item tried again, up to the runtime's `max_retries`, then StageError. An exception that the
         method, or the worker's constructor, raises is not retried: it reaches the caller as it is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,7 @@ Handle = TypeVar("Handle", bound=Hashable)
 
 _BACKOFF_SECONDS = 0.1
 _LONGEST_BACKOFF_SECONDS = 5.0
+AHEAD = 2  # items a worker that may be given out beyond the oldest that is not finished, where results are ordered
 
 
 @dataclass
@@ -76,14 +77,32 @@ class DispatchPool(abc.ABC, Generic[Handle]):
         self._idle.clear()
         self._busy.clear()
 
-    def map(self, method: str, items: Iterable[Any], broadcast: Any = None) -> Iterator[tuple[int, Any]]:
+    def map(
+        self, method: str, items: Iterable[Any], broadcast: Any = None, *, ordered: bool = False
+    ) -> Iterator[tuple[int, Any]]:
         """See `Pool.map`. One at a time: a new one abandons the one before, and drops what that still answers."""
+        if not ordered:
+            yield from self._map(method, items, broadcast, lambda index: True)
+            return
+        waiting: dict[int, Any] = {}
+        following = 0
+        near = lambda index: index < following + AHEAD * self._size  # noqa: E731
+        for found, result in self._map(method, items, broadcast, near):
+            waiting[found] = result
+            while following in waiting:
+                yield following, waiting.pop(following)
+                following += 1
+
+    def _map(
+        self, method: str, items: Iterable[Any], broadcast: Any, may_start: Callable[[int], bool]
+    ) -> Iterator[tuple[int, Any]]:
+        """Results as they finish, of items that are given out as long as `may_start(index)` of the next one."""
         self._call += 1
         published = self._publish(broadcast)
         pending = deque(_Task(self._call, index, item) for index, item in enumerate(items))
         unfinished = len(pending)
         while unfinished:
-            while pending and self._idle:
+            while pending and self._idle and may_start(pending[0].index):
                 self._submit(self._idle[0], method, pending[0].item, published)
                 self._busy[self._idle.popleft()] = pending.popleft()
             worker, answer = self._wait()

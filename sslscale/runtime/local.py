@@ -50,7 +50,9 @@ class _InlinePool:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def map(self, method: str, items: Iterable[Any], broadcast: Any = None) -> Iterator[tuple[int, Any]]:
+    def map(
+        self, method: str, items: Iterable[Any], broadcast: Any = None, *, ordered: bool = False
+    ) -> Iterator[tuple[int, Any]]:
         for index, item in enumerate(items):
             yield index, self._worker.call(method, item, broadcast)
 

@@ -1,5 +1,7 @@
 """K-means over a store: workers, runtimes, and a kill at any iteration change no bit, on every step of the schedule."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -87,6 +89,9 @@ def test_local_workers(run):
     runtime = make_runtime("local")
     results = [run_cluster(run, config(workers), runtime, name=f"w{workers}") for workers in (1, 4)]
     assert len(results[0]["schedule"]) >= 4 and results[0]["schedule"][0]["share"] < 1
+    logged = (run.path / "cluster/w1/metrics.jsonl").read_text().splitlines()
+    shares = [json.loads(line, parse_constant=pytest.fail)["share"] for line in logged]
+    assert shares == sorted(shares) and shares[0] < shares[-1] == 1
     expected = outputs(run.path / "cluster/w1")
     assert len(expected) == 1 + 2 * PARTS
     assert results[1] == results[0]  # two workers: see test_feature_stages

@@ -41,7 +41,7 @@ class DyingRuntime:
         self.worker = worker(**setup)
         yield self
 
-    def map(self, method, items, broadcast=None):
+    def map(self, method, items, broadcast=None, *, ordered=False):
         for index, item in enumerate(items):
             if self.yielded == self.dies_at:
                 raise Killed
@@ -176,15 +176,51 @@ def test_a_sweep_keeps_the_best_number_and_goes_on_after_a_kill(run):
         assert run_cluster(run, settings, DyingRuntime(), name=f"killed-{dies_at}") == result
 
 
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("method", ["hdbscan", "gmm", "spectral", "ward"])
-def test_other_clusterers_write_what_kmeans_writes(run, method):
-    result = run_cluster(run, config(cluster={"num_clusters": CLASSES, "method": method}), DyingRuntime())
+def test_other_clusterers_write_what_kmeans_writes(run, method, metric):
+    settings = {"num_clusters": CLASSES, "method": method, "metric": metric}
+    result = run_cluster(run, config(cluster=settings), DyingRuntime())
     assert set(outputs(run.path / "cluster/main")) == {
         "centroids.npy", *(f"{kind}/{part.file}" for kind in ("assignments", "distances")
                            for part in open_features(run).parts)
     }  # fmt: skip
     assert sum(result["sizes"]) == 270 and result["num_clusters"] == CLASSES and result["measures"]["acc"] > 0.95
     assert result["noise"] == 0 or method == "hdbscan"
+    check_distances(run, result, metric)
+
+
+def check_distances(run, result, metric):
+    """The distances are those between rows and centroids as the metric defines them, and add up to the objective."""
+    centroids, objective = np.load(run.path / "cluster/main/centroids.npy").astype(np.float64), 0.0
+    for part in open_features(run).parts:
+        rows = open_features(run).block(part.number).astype(np.float64)
+        assignments = np.load(run.path / "cluster/main/assignments" / part.file)
+        distances = np.load(run.path / "cluster/main/distances" / part.file)
+        own = centroids[assignments]
+        cosine = (rows * own).sum(axis=1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(own, axis=1)
+        expected = np.linalg.norm(rows - own, axis=1) if metric == "l2" else 1 - cosine
+        np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-6)
+        objective += (expected**2 if metric == "l2" else expected).sum()
+    assert result["objective"] == pytest.approx(objective, rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_the_objectives_clusters_are_measured_as_the_others_are(tmp_path, metric):
+    generator = np.random.default_rng(0)
+    store = FeatureStore.create(tmp_path / "embed/train", dim=DIM, dtype="fp16", normalized=False, backbone="b0")
+    records = []
+    for part, size in enumerate((80, 0, 50)):
+        given = generator.integers(0, 3, size)
+        rows = (4 * np.eye(3, DIM)[given] + generator.normal(size=(size, DIM))) * generator.uniform(1, 5, (size, 1))
+        probs = {"cluster_probs": np.eye(3, dtype=np.float32)[given]} if size else None
+        keys = [f"{part}-{row}" for row in range(size)]
+        records.append(store.write_part(part, rows, keys, ["s"] * size, range(size), metadata=probs))
+    store.commit(records)
+    run = RunDir(tmp_path)
+    result = run_cluster(run, config(cluster={"method": "objective", "metric": metric}), DyingRuntime())
+    assert result["num_clusters"] == 3 and sum(result["sizes"]) == 130
+    check_distances(run, result, metric)
 
 
 def test_measures_that_need_labels_are_null_without_them(tmp_path):

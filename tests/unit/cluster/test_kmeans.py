@@ -8,7 +8,6 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sslscale.cluster import KMeans
 from sslscale.cluster import lloyd as lloyd_module
-from sslscale.cluster.kmeans import in_order
 from sslscale.cluster.lloyd import ArrayRows, LloydState, lloyd, schedule
 from sslscale.cluster.seeding import initial_state
 from sslscale.errors import UserError
@@ -157,10 +156,6 @@ def test_a_restart_does_not_depend_on_its_neighbours():
     assert len(set(together.iterations)) > 1  # they did not all stop at once
 
 
-def test_results_are_reduced_in_the_order_of_their_parts():
-    assert list(in_order(iter([(2, "c"), (0, "a"), (3, "d"), (1, "b")]))) == ["a", "b", "c", "d"]
-
-
 def many_rows():
     generator = np.random.default_rng(0)
     centres = 3 * generator.normal(size=(40, 16))
@@ -222,6 +217,33 @@ def test_the_last_update_goes_to_the_means_however_few_there_are():
     labels = ((x[:, None] - before) ** 2).sum(axis=2).argmin(axis=1)
     means = np.stack([x[labels == cluster].mean(axis=0) for cluster in range(10)])
     np.testing.assert_allclose(last, means, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_hierarchical(metric):
+    x = many_rows().astype(np.float32)
+    flat = KMeans(300, metric=metric, random_state=0, init="k-means++").fit(x)
+    one, two = (
+        KMeans(300, metric=metric, method="hierarchical", init="k-means++", threads=threads, random_state=0).fit(x)
+        for threads in (1, 2)
+    )
+    assert one.cluster_centers_.shape == (300, 16) and one.inertia_ < 1.06 * flat.inertia_
+    assert one.cluster_centers_.tobytes() == two.cluster_centers_.tobytes()
+    np.testing.assert_array_equal(one.predict(x), one.labels_)
+    assert np.bincount(one.labels_, minlength=300).max() < 200
+    with pytest.raises(UserError, match="neither weights nor an array"):
+        KMeans(300, method="hierarchical").fit(x, sample_weight=np.ones(len(x)))
+
+
+def test_few_iterations_are_not_all_spent_on_samples(small_scale):
+    x = many_rows()
+    after = {
+        (method, iterations): KMeans(40, method=method, max_iterations=iterations, random_state=0).fit(x).inertia_
+        for method in ("minibatch", "lloyd")
+        for iterations in (1, 3)
+    }
+    assert after["minibatch", 1] == after["lloyd", 1]
+    assert after["minibatch", 3] < 1.03 * after["lloyd", 3]
 
 
 def test_minibatch_ends_like_lloyd(small_scale):

@@ -36,6 +36,16 @@ def test_distances_that_are_not_kept_give_the_same(candidates, monkeypatch):
     np.testing.assert_array_equal(_reduce(x, weights, 30, 1), kept)
 
 
+def test_several_are_chosen_at_once_where_clusters_are_very_many(candidates, monkeypatch):
+    x, weights = candidates
+    one = [left(x, weights, _reduce(x, weights, 60, seed)) for seed in range(5)]
+    monkeypatch.setattr(seeding, "MOST_CHOICES", 20)  # three at once
+    several = [_reduce(x, weights, 60, seed) for seed in range(5)]
+    assert all(len(np.unique(found, axis=0)) == 60 for found in several)
+    assert np.mean([left(x, weights, found) for found in several]) < 1.5 * np.mean(one)
+    assert len(_reduce(np.repeat(x[:3], 30, axis=0), np.ones(90), 60, 0)) == 60
+
+
 def test_candidates_that_coincide(candidates):
     x, weights = candidates
     few = np.repeat(x[:3], 5, axis=0)

@@ -105,6 +105,17 @@ def test_what_an_abandoned_map_still_answers_is_dropped(late: bytes | None) -> N
         assert pool.started == (3 if late is None else 2)
 
 
+def test_ordered_results_run_ahead_of_the_slowest_by_two_items_a_worker() -> None:
+    with ScriptedPool(2, 0, lambda worker, item: answer(item)) as pool:
+        pool.held = {0}
+        results = pool.map("m", range(9), ordered=True)
+        with pytest.raises(RuntimeError, match="StopIteration"):  # nobody is left to answer: no more was given out
+            next(results)
+        assert [item for _, item in pool.log] == [0, 1, 2, 3]
+    with ScriptedPool(2, 1, lambda worker, item: None if (worker, item) == (1, 0) else answer(item)) as pool:
+        assert list(pool.map("m", range(9), ordered=True)) == [(item, item) for item in range(9)]
+
+
 def test_an_error_leaves_the_pool_in_order() -> None:
     def script(worker: int, item: Any) -> bytes | None:
         return answer(error=KeyError("bad")) if item == "bad" else answer(item)
