@@ -69,7 +69,7 @@ def _by_key(index: Index, key: str, dataset: str | None, k: int, where: str | No
     if own in ids:
         others = index.num_kept(where) - 1
         if k > others:
-            raise UserError("k is above the number of vectors beside the query", got=k, allowed=others)
+            raise UserError("k is above the number of vectors beside the query", got=k, allowed=f"1 to {others}")
         distances, ids = index.search(x, k + 1, where=where)
     others = ids[0] != own
     return list(_rows(index.features, [key], distances[:, others][:, :k], ids[:, others][:, :k]))

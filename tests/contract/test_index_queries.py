@@ -109,7 +109,7 @@ def test_a_filter_that_cannot_be_used_is_refused_before_the_queries_are_embedded
         ({}, "either a key or a file"),
         ({"key": "k01", "query": "vectors.npy"}, "either a key or a file"),
         ({"key": "nobody"}, "no sample with this key"),
-        ({"key": "k01", "k": 40}, "allowed: 39"),
+        ({"key": "k01", "k": 40}, "1 to 39"),
         ({"query": "missing.png"}, "no such file"),
         ({"query": "broken.png"}, "cannot be read"),
         ({"query": "broken.npy"}, "cannot be read"),
