@@ -105,6 +105,7 @@ class KMeans(ClusterMixin, BaseEstimator):
         seed = int(check_random_state(self.random_state).randint(2**31))
         self._tree: Tree | None = None
         if self.method == "hierarchical":
+            assert isinstance(init, str)
             self.cluster_centers_, self._tree, self.n_iter_ = hierarchy.fit_array(
                 rows, self.num_clusters, init, self.num_init, self.max_iterations, self.tolerance, seed
             )

@@ -222,7 +222,7 @@ def lloyd(
     """
     last = len(steps) - 1
     while state.active.any():
-        running = np.flatnonzero(state.active)
+        running = np.flatnonzero(state.active).tolist()
         for restart in running:
             updates = max_iterations - state.iterations[restart]
             _go_to(state, restart, min(last, last + 1 - updates), steps)
