@@ -35,10 +35,11 @@ def fit_labels(x: np.ndarray, method: str, num_clusters: int, num_init: int, see
         if (labels == NOISE).all():
             raise StageError("hdbscan finds no cluster", got=f"{len(x)} samples", fix="set another cluster.method")
     elif method == "gmm":
-        # diagonal: a full covariance of D dimensions needs far more than D rows a cluster
-        labels = GaussianMixture(num_clusters, covariance_type="diag", n_init=num_init, random_state=seed).fit_predict(
-            x
-        )
+        # diagonal: a full covariance of D dimensions needs far more than D rows a cluster; around their mean, because
+        # a variance is E x^2 - (E x)^2 to scikit-learn, of which an offset leaves nothing in fp32
+        centred = x - x.mean(axis=0, dtype=np.float64)
+        mixture = GaussianMixture(num_clusters, covariance_type="diag", n_init=num_init, random_state=seed)
+        labels = mixture.fit_predict(centred)
     elif method == "spectral":
         labels = SpectralClustering(
             num_clusters,

@@ -223,8 +223,8 @@ def _take_given(
     A centroid is its rows' mean, under "cosine" of unit length like all others.
     """
     parts = [part.number for part in features.parts if part.rows]
-    totals = sorted(pool.map("given", parts), key=lambda found: found[0])
-    sums, sizes = (sum(part[at] for _, part in totals) for at in (0, 1))
+    totals = (own for _, own in pool.map("given", parts, ordered=True))
+    sums, sizes = functools.reduce(lambda before, own: (before[0] + own[0], before[1] + own[1]), totals)
     centroids = prepare((sums / np.maximum(sizes, 1)[:, None]).astype(np.float32), settings.metric)
     write_npy(stage.path / "centroids.npy", centroids)
     objective = _assign_parts(stage, pool, features, centroids, "assign_given")

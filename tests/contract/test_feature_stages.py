@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import weakref
 
 import faiss
 import numpy as np
@@ -208,19 +209,31 @@ def check_distances(run, result, metric):
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_the_objectives_clusters_are_measured_as_the_others_are(tmp_path, metric):
     generator = np.random.default_rng(0)
-    store = FeatureStore.create(tmp_path / "embed/train", dim=DIM, dtype="fp16", normalized=False, backbone="b0")
-    records = []
-    for part, size in enumerate((80, 0, 50)):
-        given = generator.integers(0, 3, size)
-        rows = (4 * np.eye(3, DIM)[given] + generator.normal(size=(size, DIM))) * generator.uniform(1, 5, (size, 1))
-        probs = {"cluster_probs": np.eye(3, dtype=np.float32)[given]} if size else None
-        keys = [f"{part}-{row}" for row in range(size)]
-        records.append(store.write_part(part, rows, keys, ["s"] * size, range(size), metadata=probs))
-    store.commit(records)
-    run = RunDir(tmp_path)
+    given = generator.integers(0, 3, 130)
+    rows = (9 * np.eye(3, DIM)[given] + generator.normal(size=(130, DIM))) * generator.uniform(1, 5, (130, 1))
+    parts = [rows[:80], rows[:0], rows[80:]]
+    run = write_parts(tmp_path, parts, cluster_probs=lambda own: np.eye(3, dtype=np.float32)[own[:, :3].argmax(axis=1)])
     result = run_cluster(run, config(cluster={"method": "objective", "metric": metric}), DyingRuntime())
     assert result["num_clusters"] == 3 and sum(result["sizes"]) == 130
     check_distances(run, result, metric)
+
+
+def test_sums_of_the_objectives_clusters_are_added_up_as_they_come(tmp_path):
+    """They are of every cluster: the driver never has those of more than two parts."""
+
+    class Counting(DyingRuntime):
+        def map(self, method, items, broadcast=None, *, ordered=False):
+            given = []
+            for index, found in super().map(method, items, broadcast, ordered=ordered):
+                if method == "given":
+                    assert ordered and sum(sums() is not None for sums in given) < 3
+                    given.append(weakref.ref(found[0]))
+                yield index, found
+                del found
+
+    parts = np.random.default_rng(0).normal(size=(9, 20, DIM))
+    run = write_parts(tmp_path, parts, cluster_probs=lambda own: own[:, :3].astype(np.float32))
+    assert run_cluster(run, config(cluster={"method": "objective"}), Counting())["num_clusters"] == 3
 
 
 def test_measures_that_need_labels_are_null_without_them(tmp_path):
@@ -230,6 +243,19 @@ def test_measures_that_need_labels_are_null_without_them(tmp_path):
     assert [measures[name] for name in ("acc", "nmi", "ari", "purity")] == [None] * 4
     assert measures["silhouette"] > 0.5 and measures["davies_bouldin"] > 0 and measures["imbalance"] >= 1
     assert set(run_anomaly(run, config(), DyingRuntime())["measures"].values()) == {None}
+
+
+def write_parts(folder, parts, **columns):
+    """A store of parts of rows (n, DIM), with columns given by functions of the rows; labels are 0 and 1 by turns."""
+    store = FeatureStore.create(folder / "embed/train", dim=DIM, dtype="fp16", normalized=False, backbone="b0")
+    records = []
+    for part, rows in enumerate(parts):
+        keys = [f"{part}-{row}" for row in range(len(rows))]
+        labels = np.arange(len(rows)) % 2 if len(rows) else None
+        own = {name: column(rows) for name, column in columns.items()} if len(rows) else None
+        records.append(store.write_part(part, rows, keys, ["s"] * len(rows), range(len(rows)), labels, own))
+    store.commit(records)
+    return RunDir(folder)
 
 
 def test_anomalies_against_a_reference(run):

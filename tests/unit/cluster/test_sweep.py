@@ -39,11 +39,12 @@ def test_halves_too_small_for_the_clusters_have_no_stability():
     assert describe(x, x[None, :8], 0, 1.0, ClusterConfig(), seed=0)["stability_halves"] is None
 
 
+@pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("method", MAX_ROWS)
-def test_other_clusterers_find_blobs(method):
+def test_other_clusterers_find_blobs(method, offset):
     generator = np.random.default_rng(0)
     truth = np.repeat([0, 1, 2], 60)
-    x = (8 * np.eye(3, 6)[truth] + generator.normal(size=(180, 6))).astype(np.float32)
+    x = (8 * np.eye(3, 6)[truth] + generator.normal(size=(180, 6)) + offset).astype(np.float32)
     labels = fit_labels(x, method, 3, 1, seed=0)
     assert labels.dtype == np.int32
     known = labels != NOISE
