@@ -193,8 +193,11 @@ class FeatureStore:
         return table.take(group_of * ROW_GROUP + rows % ROW_GROUP)
 
     def part_labels(self, part: int) -> np.ndarray | None:
-        """int64 (n,) of one part; None if any row lacks a label."""
-        if "label" not in pq.read_schema(self._table(part)).names:
+        """int64 (n,) of one part; None if any row lacks a label: a part without rows lacks none."""
+        found = pq.read_metadata(self._table(part))
+        if not found.num_rows:
+            return np.zeros(0, dtype=np.int64)
+        if "label" not in found.schema.to_arrow_schema().names:
             return None
         column = self.table(part, ["label"]).column("label")
         return None if column.null_count else column.to_numpy()
@@ -215,13 +218,13 @@ class FeatureStore:
 
     def labels(self) -> np.ndarray | None:
         """int64 (N,) in part order; None if any row lacks a label."""
-        labels = []
+        labels = [np.zeros(0, dtype=np.int64)]
         for part in self.parts:
             own = self.part_labels(part.part)
             if own is None:
                 return None
             labels.append(own)
-        return np.concatenate(labels) if labels else None
+        return np.concatenate(labels)
 
     def find(self, key: str) -> list[int]:
         """The row ids of a key: none, one, or several where shards repeat it.

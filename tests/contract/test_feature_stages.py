@@ -258,6 +258,13 @@ def write_parts(folder, parts, **columns):
     return RunDir(folder)
 
 
+def test_a_part_without_rows_takes_no_measure_from_the_others(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(20, DIM))
+    run = write_parts(tmp_path, [rows, rows[:0]])
+    assert run_cluster(run, config(), DyingRuntime())["measures"]["acc"] > 0.2
+    assert run_anomaly(run, config(anomaly={"normal_labels": [0]}), DyingRuntime())["measures"]["auroc"] is not None
+
+
 def test_anomalies_against_a_reference(run):
     settings = config(anomaly={"datasets": ["test"], "reference": ["train"], "k": 3})
     result = run_anomaly(run, settings, DyingRuntime())

@@ -142,6 +142,14 @@ def test_labels_are_all_or_nothing(tmp_path):
     assert store.labels() is None
 
 
+def test_a_part_without_rows_lacks_no_label(tmp_path):
+    store = FeatureStore.create(tmp_path / "some", dim=1, dtype="fp32", normalized=False, backbone="b0")
+    failed = store.write_part(1, np.ones((0, 1)), [], [], [])  # all its samples, and so no column of labels
+    store.commit([store.write_part(0, np.ones((2, 1)), ["a", "b"], ["s"] * 2, [0, 1], [1, 3]), failed])
+    assert store.labels().tolist() == [1, 3] and store.labels().dtype == np.int64
+    assert store.part_labels(1).tolist() == [] and store.part_labels(1).dtype == np.int64
+
+
 def test_a_set_numbers_parts_consecutively(tmp_path):
     train = write_store(tmp_path / "train", sizes=(5, 3))
     test = write_store(tmp_path / "test", sizes=(2,), prefix="t")
