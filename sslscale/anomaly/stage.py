@@ -8,6 +8,7 @@ anomaly/<name>/neighbours/<dataset>/part-00042.npy  int64 (n, k), row ids within
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,11 +134,12 @@ def _score_parts(
 def _result(
     stage: Stage, settings: AnomalyConfig, features: FeatureSet, reference: FeatureSet | None
 ) -> dict[str, Any]:
+    # by file, each opened for its turn only: a process may have about a thousand open
     by_dataset = {
-        name: [open_npy(stage.path / "scores" / part.file) for part in features.parts if part.dataset == name]
+        name: [stage.path / "scores" / part.file for part in features.parts if part.dataset == name]
         for name in features.stores
     }
-    total = sum(float(part.sum(dtype=np.float64)) for parts in by_dataset.values() for part in parts)
+    total = sum(float(open_npy(file).sum(dtype=np.float64)) for files in by_dataset.values() for file in files)
     result: dict[str, Any] = {
         "num_samples": features.num_rows,
         "num_reference": reference.num_rows if reference else 0,
@@ -151,21 +153,24 @@ def _result(
         result["datasets"] = {
             name: {
                 "num_samples": features.stores[name].num_rows,
-                "measures": _measures(settings, features, {name: parts}),
+                "measures": _measures(settings, features, {name: files}),
             }
-            for name, parts in by_dataset.items()
+            for name, files in by_dataset.items()
         }
     return result
 
 
 def _measures(
-    settings: AnomalyConfig, features: FeatureSet, by_dataset: Mapping[str, Sequence[np.ndarray]]
+    settings: AnomalyConfig, features: FeatureSet, by_dataset: Mapping[str, Sequence[Path]]
 ) -> dict[str, Any]:
-    """Of the datasets given; only where it is known what is normal are all their scores in memory at a time."""
+    """Of the datasets given, by the files of their scores.
+
+    Only where it is known what is normal are all scores in memory at a time.
+    """
     if settings.normal_labels is None:
         return anomaly_measures(np.empty(0), None, None)
     labels = [features.stores[name].labels() for name in by_dataset]
     known = [part for part in labels if part is not None]
     everyone = np.concatenate(known) if len(known) == len(labels) else None
-    scores = np.concatenate([part for parts in by_dataset.values() for part in parts])
+    scores = np.concatenate([np.array(open_npy(file)) for files in by_dataset.values() for file in files])
     return anomaly_measures(scores, everyone, settings.normal_labels)

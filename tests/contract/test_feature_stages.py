@@ -13,6 +13,7 @@ from sslscale.cluster.stage import run_cluster
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, FeatureStore, open_features
+from sslscale.features.files import open_npy
 from sslscale.index import Index
 from sslscale.index.build import run_index
 from sslscale.index.query import run_search
@@ -263,6 +264,35 @@ def test_a_part_without_rows_takes_no_measure_from_the_others(tmp_path):
     run = write_parts(tmp_path, [rows, rows[:0]])
     assert run_cluster(run, config(), DyingRuntime())["measures"]["acc"] > 0.2
     assert run_anomaly(run, config(anomaly={"normal_labels": [0]}), DyingRuntime())["measures"]["auroc"] is not None
+
+
+@pytest.fixture
+def few_open_files(monkeypatch):
+    """The driver never has more than 8 of a stage's files open: a process may have about a thousand."""
+    opened = []
+
+    def open_counted(path):
+        assert sum(array() is not None for array in opened) < 8
+        array = open_npy(path)
+        opened.append(weakref.ref(array))
+        return array
+
+    for module in ("anomaly", "cluster"):
+        monkeypatch.setattr(f"sslscale.{module}.stage.open_npy", open_counted)
+
+
+def test_the_scores_of_many_parts_are_not_open_at_a_time(tmp_path, few_open_files):
+    parts = np.random.default_rng(0).normal(size=(20, 4, DIM))
+    run = write_parts(tmp_path, parts, score=lambda rows: np.arange(len(rows), dtype=np.float32))
+    result = run_anomaly(run, config(anomaly={"method": "objective", "normal_labels": [0]}), DyingRuntime())
+    assert result["mean_score"] == 1.5 and result["measures"]["auroc"] == 0.75
+
+
+def test_the_children_of_many_parents_are_not_open_at_a_time(tmp_path, few_open_files):
+    run = write_parts(tmp_path, [np.random.default_rng(0).normal(size=(400, DIM))])
+    settings = {"num_clusters": 300, "method": "hierarchical", "num_init": 1, "max_iterations": 2}
+    result = run_cluster(run, config(cluster=settings), DyingRuntime())
+    assert result["num_parents"] == 17 and result["num_clusters"] == 300
 
 
 def test_anomalies_against_a_reference(run):
