@@ -1,31 +1,35 @@
 """What a clustering is worth: against labels, and without any. Labels measure, they never choose.
 
-Everything but the silhouette comes from a tally, which is added up part by part: what it holds depends on the numbers
-of clusters and classes, not on that of the rows.
+Everything but the silhouette comes from a tally, which is added up part by part: what it holds depends on the number
+of clusters and on how many pairs of class and cluster occur, not on the number of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
 from sklearn.metrics import mutual_info_score, silhouette_score
 
 CHUNK_BYTES = 2**28  # of distances between centroids that are held at once
 MOST_PAIRED = 2**16  # clusters, of which all pairs are still compared
+MOST_MATCHED = 2**26  # clusters times classes that are still matched: minutes, and a GB for the table and its copy
+PENDING = 2**20  # counts that wait to be added up, at least
 
 
 @dataclass
 class Tally:
-    """Of K = `num_clusters`: `sizes` int64 (K,), `distances` summed float64 (K,), and rows of each class int64 (K,)."""
+    """Of K = `num_clusters`: `sizes` int64 (K,), `distances` summed float64 (K,), and `counts` of its classes."""
 
     num_clusters: int
     labelled: bool = True
     sizes: np.ndarray = field(init=False)
     distances: np.ndarray = field(init=False)
-    classes: dict[int, np.ndarray] = field(default_factory=dict)
+    _counts: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sizes, self.distances = np.zeros(self.num_clusters, np.int64), np.zeros(self.num_clusters)
@@ -42,36 +46,44 @@ class Tally:
             return
         names, places = np.unique(labels, return_inverse=True)
         pairs, counts = np.unique(places * self.num_clusters + assignments, return_counts=True)
-        for place, name in enumerate(names.tolist()):
-            first, stop = np.searchsorted(pairs, [place * self.num_clusters, (place + 1) * self.num_clusters])
-            own = self.classes.setdefault(name, np.zeros(self.num_clusters, np.int64))
-            own[pairs[first:stop] - place * self.num_clusters] += counts[first:stop]
+        self._counts.append(
+            np.stack([names.astype(np.int64)[pairs // self.num_clusters], pairs % self.num_clusters, counts])
+        )
+        held, *pending = (own.shape[1] for own in self._counts)
+        if sum(pending) > max(held, PENDING):
+            self._counts = [_added(self._counts)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Classes, clusters, and how many rows both have: int64 (3, m) of the m pairs that occur, in their order."""
+        self._counts = [_added(self._counts)]
+        return self._counts[0]
 
     def merged(self, other: Tally) -> Tally:
         """Of the rows of both."""
         both = Tally(self.num_clusters, self.labelled and other.labelled)
         both.sizes, both.distances = self.sizes + other.sizes, self.distances + other.distances
-        for name in self.classes.keys() | other.classes.keys():
-            both.classes[name] = self.classes.get(name, 0) + other.classes.get(name, 0)  # type: ignore[assignment]
+        both._counts = [*self._counts, *other._counts]
         return both
 
     def label_measures(self) -> dict[str, Any]:
-        """`acc, nmi, ari, purity`, each None without labels.
+        """`acc, nmi, ari, purity`, each None without labels; `acc` also above MOST_MATCHED clusters times classes.
 
         ACC: the share of samples that agree under the best one-to-one match of clusters and classes (the Hungarian
         method, Kuhn, 1955); with unequal numbers, what stays unmatched is wrong. NMI is normalised by the arithmetic
         mean of the entropies. ARI: Hubert and Arabie, 1985. Purity: the share of samples that belong to the most
         frequent class of their cluster.
         """
-        if not self.labelled or not self.classes:
+        classes, clusters, counts = self.counts
+        if not self.labelled or not len(counts):
             return dict.fromkeys(("acc", "nmi", "ari", "purity"))
-        table = np.stack([self.classes[name] for name in sorted(self.classes)])[:, self.sizes > 0]
-        total = int(table.sum())
+        at = tuple(np.unique(of, return_inverse=True)[1] for of in (classes, clusters))
+        table = csr_array((counts, at))  # (classes, clusters), without empty ones
         return {
-            "acc": float(table[linear_sum_assignment(table, maximize=True)].sum() / total),
+            "acc": _accuracy(table),
             "nmi": _nmi(table),
             "ari": _ari(table),
-            "purity": float(table.max(axis=0).sum() / total),
+            "purity": float(table.max(axis=0).sum() / counts.sum()),
         }
 
 
@@ -82,7 +94,23 @@ def label_measures(labels: np.ndarray | None, assignments: np.ndarray) -> dict[s
     return tally.label_measures()
 
 
-def _nmi(table: np.ndarray) -> float:
+def _added(counts: Sequence[np.ndarray]) -> np.ndarray:
+    """Several `Tally.counts`, in any order, as one."""
+    joined = np.concatenate([np.zeros((3, 0), np.int64), *counts], axis=1)
+    joined = joined[:, np.lexsort(joined[1::-1])]
+    other = (joined[:2, 1:] != joined[:2, :-1]).any(axis=0)
+    first = np.flatnonzero(np.concatenate([[True], other])[: joined.shape[1]])
+    return np.concatenate([joined[:2, first], np.add.reduceat(joined[2:], first, axis=1)]) if len(first) else joined
+
+
+def _accuracy(table: csr_array) -> float | None:
+    if table.shape[0] * table.shape[1] > MOST_MATCHED:
+        return None
+    costs = -table.toarray().astype(np.float64)
+    return float(-costs[linear_sum_assignment(costs)].sum() / table.sum())
+
+
+def _nmi(table: csr_array) -> float:
     entropies = []
     for counts in (table.sum(axis=0), table.sum(axis=1)):
         share = counts / counts.sum()
@@ -92,9 +120,9 @@ def _nmi(table: np.ndarray) -> float:
     return float(max(0.0, mutual_info_score(None, None, contingency=table)) / np.mean(entropies))
 
 
-def _ari(table: np.ndarray) -> float:
+def _ari(table: csr_array) -> float:
     """By pairs of rows; in Python's integers, which hold their squares."""
-    total, same = int(table.sum()), int((table**2).sum())
+    total, same = int(table.sum()), int((table.data**2).sum())
     of_cluster, of_class = (int((table.sum(axis=axis) ** 2).sum()) for axis in (0, 1))
     together, apart = same - total, total**2 - of_cluster - of_class + same
     only_cluster, only_class = of_cluster - same, of_class - same

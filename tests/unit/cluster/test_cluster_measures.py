@@ -87,6 +87,23 @@ def test_measures_are_scikit_learns_in_one_piece_and_in_many(clusters):
     assert found["ari"] == pytest.approx(adjusted_rand_score(labels, assignments), abs=1e-12)
 
 
+def test_what_a_tally_holds_grows_with_the_pairs_of_class_and_cluster_that_occur(monkeypatch):
+    monkeypatch.setattr(measures, "PENDING", 10)
+    many, labels = 10**6, np.arange(1000) - 500
+    tally = Tally(many)
+    for turn in range(20):
+        tally.add(np.arange(1000) * 1000 + turn % 2, np.zeros(1000), labels)
+        assert sum(own.size for own in tally._counts) <= 3 * 2 * 2000
+    classes, clusters, counts = tally.merged(tally).counts
+    np.testing.assert_array_equal(classes, np.repeat(labels, 2))
+    np.testing.assert_array_equal(clusters, np.arange(0, many, 1000)[:, None].repeat(2, axis=1).ravel() + [0, 1] * 1000)
+    assert (counts == 20).all()
+    found = tally.label_measures()
+    assert found["acc"] == 0.5 and found["purity"] == 1 and found["nmi"] > 0.9
+    monkeypatch.setattr(measures, "MOST_MATCHED", 1000 * 2000 - 1)
+    assert tally.label_measures() == {**found, "acc": None}
+
+
 def test_rows_without_labels_among_others_leave_no_measure_against_labels():
     some = tallied(2, np.array([0, 1]), np.zeros(2), np.array([0, 1]))
     assert set(some.merged(tallied(2, np.array([0, 1]), np.zeros(2))).label_measures().values()) == {None}
