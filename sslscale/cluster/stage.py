@@ -29,7 +29,7 @@ from sslscale.cluster.lloyd import LloydState, lloyd, schedule
 from sslscale.cluster.measures import Tally, davies_bouldin, imbalance, silhouette
 from sslscale.cluster.others import MAX_ROWS, NOISE, check_rows, fit_labels, means
 from sslscale.cluster.seeding import initial_state
-from sslscale.cluster.sweep import choose, describe
+from sslscale.cluster.sweep import choose, describe, sample_size
 from sslscale.cluster.tree import Tree
 from sslscale.config import ClusterConfig, RunConfig
 from sslscale.errors import UserError
@@ -246,7 +246,7 @@ def _sweep_line(
     if known is not None:
         return known
     state = _fit(PoolRows(pool, features, stage.path), stage.path / "sweep" / str(number), settings, number, seed)
-    at = sample_positions(features.num_rows, settings.silhouette_samples, seed)
+    at = sample_positions(features.num_rows, sample_size(settings), seed)
     sample = prepare(features.take(features.row_ids(at)), settings.metric)
     objective = to_objective(state.objective[state.best], settings.metric)
     line = describe(sample, state.centroids, state.best, objective, settings, seed)

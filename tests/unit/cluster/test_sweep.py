@@ -3,7 +3,7 @@ import pytest
 
 from sslscale.cluster import KMeans
 from sslscale.cluster.others import MAX_ROWS, NOISE, fit_labels, means
-from sslscale.cluster.sweep import choose, describe
+from sslscale.cluster.sweep import choose, describe, sample_size
 from sslscale.config import ClusterConfig
 from sslscale.errors import StageError
 
@@ -18,6 +18,21 @@ def test_the_highest_silhouette_among_the_stable_is_chosen():
     assert choose([line(2, 0.2, 1.0, 1.0), line(3, 0.6, 1.0, 0.98), line(4, 0.9, 0.5, 0.5)]) == 3
     assert choose([line(2, 0.5, None, 0.9), line(3, 0.5, None, 0.92)]) == 2  # a tie
     assert choose([line(2, None), line(5, 0.1)]) == 5  # without any stability
+
+
+def test_a_number_is_not_chosen_for_a_measure_that_others_do_not_have():
+    assert choose([line(500, 0.05, None, 0.3), line(2000, 0.9)]) == 2000
+    assert choose([line(2, 0.5, 0.4, 0.9), line(3, 0.4, 0.9, None)]) == 3  # by the seeds, which both have
+    assert (
+        choose([line(1, None, 1.0, 1.0), line(2, 0.4, 0.8, 0.8), line(3, 0.6, 0.8, 0.8)]) == 3
+    )  # one is always stable
+
+
+def test_the_sample_has_rows_for_the_halves_of_the_largest_number():
+    def size(*numbers):
+        return sample_size(ClusterConfig(num_clusters=list(numbers), silhouette_samples=2000))
+
+    assert size(5, 10) == 2000 and size(5, 100) == 10_000 and size(2, 10**6) == 2**16
 
 
 def test_the_true_number_is_found():
@@ -36,7 +51,9 @@ def test_the_true_number_is_found():
 
 def test_halves_too_small_for_the_clusters_have_no_stability():
     x = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
-    assert describe(x, x[None, :8], 0, 1.0, ClusterConfig(), seed=0)["stability_halves"] is None
+    for number, known in ((1, True), (2, False), (8, False)):  # 5 rows a cluster and half, at least
+        halves = describe(x, x[None, :number], 0, 1.0, ClusterConfig(), seed=0)["stability_halves"]
+        assert (halves is not None) == known
 
 
 @pytest.mark.parametrize("offset", [0, 1000])
