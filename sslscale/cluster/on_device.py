@@ -2,8 +2,8 @@
 
 The scores of a tile of rows and a tile of centroids are compared and dropped before the next: they fit the GPU's cache,
 and N x K of them never exist. Rows are added up in the order of their labels by a segmented sum, not by atomic
-additions: the same bits every time, and exact sums of fp16 rows, as on a CPU. Products are fp32, without TF32; which
-of two centroids that lie equally near is found may differ from the CPU's answer.
+additions: the same bits every time, and exact sums of fp16 rows, as on a CPU. Products are fp32, without TF32
+(float64 for rows of float64); which of two centroids that lie equally near is found may differ from the CPU's answer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DeviceKernels:
             sample = nested_sample(len(rows), share, seed)
             at = None if isinstance(sample, slice) else torch.from_numpy(sample).to(self.device)
             restarts = np.flatnonzero(wanted.shares == share).tolist()
-            finders = {restart: _Nearest(wanted.centroids[restart], self.device) for restart in restarts}
+            finders = {r: _Nearest(wanted.centroids[r], rows.dtype, self.device) for r in restarts}
             sums = {restart: self._zeros(*wanted.centroids.shape[1:]) for restart in restarts}
             counts = {restart: self._zeros(wanted.centroids.shape[1]) for restart in restarts}
             squares = self._zeros()
@@ -70,12 +70,12 @@ class DeviceKernels:
         self, rows: np.ndarray, metric: str, centroids: np.ndarray, name: Hashable = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Labels int32 (n,) and squared L2 distances float64 (n,) of rows (n, D)."""
-        here, find = self._bring(rows, name), _Nearest(centroids, self.device)
+        kept, find = self._keep(rows, name), _Nearest(centroids, rows.dtype, self.device)
         labels, squared = np.empty(len(rows), dtype=np.int32), np.empty(len(rows))
         exact = torch.from_numpy(np.asarray(centroids)).to(self.device, torch.float64)
-        for start in range(0, len(here), BLOCK_ROWS):
+        for start in range(0, len(rows), BLOCK_ROWS):
             block = slice(start, start + BLOCK_ROWS)
-            x = _prepare(here[block], metric)
+            x = _prepare(self._copy(rows[block]) if kept is None else kept[block], metric)
             own = find(x)
             labels[block] = own.cpu().numpy()
             squared[block] = (x.double() - exact[own]).square().sum(dim=1).cpu().numpy()
@@ -91,7 +91,7 @@ class DeviceKernels:
         name: Hashable = None,
     ) -> tuple[np.ndarray, float]:
         """As ranges.find_labels."""
-        here, find = self._bring(rows, name), _Nearest(wanted.centroids[restart], self.device)
+        here, find = self._bring(rows, name), _Nearest(wanted.centroids[restart], rows.dtype, self.device)
         if not isinstance(sample, slice):
             here = here[torch.from_numpy(sample).to(self.device)]
         labels, square = np.empty(len(here), dtype=np.int32), self._zeros()
@@ -106,32 +106,38 @@ class DeviceKernels:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def _bring(self, rows: np.ndarray, name: Hashable) -> Tensor:
-        if name in self._kept:
-            return self._kept[name]
-        brought = torch.tensor(rows, device=self.device)  # a copy: a memory map is read-only
-        if name is not None and brought.nbytes <= self._room:
-            self._kept[name] = brought
-            self._room -= brought.nbytes
-        return brought
+        kept = self._keep(rows, name)
+        return self._copy(rows) if kept is None else kept
+
+    def _keep(self, rows: np.ndarray, name: Hashable) -> Tensor | None:
+        """The rows of that name, from now on; None for rows without a name, or where there is no room for them."""
+        if name is not None and name not in self._kept and rows.nbytes <= self._room:
+            self._kept[name] = self._copy(rows)
+            self._room -= rows.nbytes
+        return self._kept.get(name)
+
+    def _copy(self, rows: np.ndarray) -> Tensor:
+        return torch.tensor(rows, device=self.device)  # not from_numpy: a memory map is read-only
 
 
 class _Nearest:
-    """The nearest of centroids (K, D) to each row; see kernels.NearestCentroid."""
+    """The nearest of centroids (K, D) to each row of a dtype, in fp32 or float64; see kernels.NearestCentroid."""
 
-    def __init__(self, centroids: np.ndarray, device: torch.device) -> None:
+    def __init__(self, centroids: np.ndarray, rows: np.dtype, device: torch.device) -> None:
+        self.dtype = torch.float64 if rows == np.float64 else torch.float32
         c = torch.from_numpy(np.asarray(centroids)).to(device, torch.float64)
-        self.mean = c.mean(dim=0).float()
+        self.mean = c.mean(dim=0).to(self.dtype)
         c = c - self.mean
-        self.table = (-2 * c.T).float().contiguous()  # (D, K)
-        self.norms = c.square().sum(dim=1).float()  # (K,)
+        self.table = (-2 * c.T).to(self.dtype).contiguous()  # (D, K)
+        self.norms = c.square().sum(dim=1).to(self.dtype)  # (K,)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Labels int64 (n,) of rows (n, D). Ties go to the lowest index, where the product gives them as ties."""
-        x = (x - self.mean).float()
+        """Labels int64 (n,) of prepared rows (n, D). Ties go to the lowest index, where the product gives them so."""
+        x = x - self.mean
         labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for begin in range(0, len(x), TILE_ROWS):
             rows = slice(begin, begin + TILE_ROWS)
-            best = torch.full((len(x[rows]),), torch.inf, device=x.device)
+            best = torch.full((len(x[rows]),), torch.inf, dtype=self.dtype, device=x.device)
             for start in range(0, self.table.shape[1], TILE_CENTROIDS):
                 tile = slice(start, start + TILE_CENTROIDS)
                 score, nearest = torch.addmm(self.norms[tile], x[rows], self.table[:, tile]).min(dim=1)

@@ -73,6 +73,33 @@ def test_rows_with_a_name_are_kept_while_there_is_room(rows):
     np.testing.assert_array_equal(kernels.assign(other, "l2", centroids)[0], before[::-1])
 
 
+def test_rows_that_are_not_kept_are_brought_by_the_block(rows, monkeypatch):
+    copy, brought = torch.tensor, []
+    monkeypatch.setattr(torch, "tensor", lambda own, **where: brought.append(len(own)) or copy(own, **where))
+    kernels, centroids = DeviceKernels(CPU, keep_bytes=rows.nbytes), rows[:12].astype(np.float32)
+    expected = _assign(rows, "l2", centroids)
+    for name, lengths in (
+        (None, [300, 300, 300, 100]),
+        ("kept", [1000]),
+        ("kept", []),
+        ("other", [300, 300, 300, 100]),
+    ):
+        found = _assign(rows, "l2", centroids, kernels, name)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert brought == lengths
+        brought.clear()
+
+
+def test_float64_rows_are_searched_in_their_own_precision():
+    generator = np.random.default_rng(0)
+    centroids = np.concatenate([1e-3 * generator.normal(size=(9, 4)), np.full((3, 4), 100.0)])
+    x = centroids[generator.integers(0, 9, 500)] + 1e-4 * generator.normal(size=(500, 4))
+    expected = ((x[:, None] - centroids) ** 2).sum(axis=2).argmin(axis=1)
+    np.testing.assert_array_equal(_assign(x, "l2", centroids, DeviceKernels(CPU))[0], expected)
+    found = DeviceKernels(CPU).find_labels(x, "l2", Pass.of(centroids[None]), 0, slice(None))
+    np.testing.assert_array_equal(found[0], expected)
+
+
 def test_whole_runs_agree(rows):
     settings = {"metric": "l2", "max_iterations": 10, "tolerance": 0.0}
     cpu, device = (
