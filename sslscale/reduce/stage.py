@@ -1,9 +1,12 @@
 """`sslscale reduce`: what compression keeps of the features, and a map of a sample of them.
 
-reduce/<name>/codecs/<method>.faiss   trained and empty: faiss.read_index, then sa_encode and sa_decode
+reduce/<name>/codecs/<method>.faiss   trained and empty: faiss.read_index, then sa_encode and sa_decode; under "cosine"
+                                      they are of rows of unit length
 reduce/<name>/map.npy                 (m, 2) fp32
 reduce/<name>/map_rows.npy            (m,) int64, the row ids of the map's points
-reduce/<name>/result.json             `table`: one line a method; `map`: its method and number of points
+reduce/<name>/result.json             `num_vectors`, and `rows` of them that codes are trained and measured on, with so
+                                      many `queries` and `candidates` by `metric`; `table`: one line a method; `map`:
+                                      its method and number of points
 """
 
 from __future__ import annotations
@@ -52,7 +55,10 @@ def run_reduce(
     with compute_threads(threads):
         table = _table(stage, settings, config.seed, features)
         mapped = None if settings.map is None else _map(stage, settings, config.seed, features)
-    return stage.finish({"num_vectors": features.num_rows, "dim": features.dim, "table": table, "map": mapped})
+    rows = min(settings.rows, features.num_rows)
+    sampled = {"rows": rows, "queries": min(settings.queries, rows), "candidates": settings.candidates}
+    counts = {"num_vectors": features.num_rows, "dim": features.dim, "metric": settings.metric, **sampled}
+    return stage.finish({**counts, "table": table, "map": mapped})
 
 
 def _check(settings: ReduceConfig, features: FeatureSet) -> None:
@@ -61,8 +67,12 @@ def _check(settings: ReduceConfig, features: FeatureSet) -> None:
             import umap  # noqa: F401
         except ImportError:
             raise missing_package("umap-learn", extra="maps") from None
-    if features.num_rows < PQ_CENTROIDS:
-        raise UserError("too few vectors to train codes on", got=features.num_rows, allowed=f"at least {PQ_CENTROIDS}")
+    if min(settings.rows, features.num_rows) < PQ_CENTROIDS:
+        raise UserError(
+            "too few vectors to train codes on",
+            got=f"{features.num_rows} vectors, reduce.rows={settings.rows}",
+            allowed=f"at least {PQ_CENTROIDS} of both",
+        )
 
 
 def _table(stage: Stage, settings: ReduceConfig, seed: int, features: FeatureSet) -> list[dict[str, Any]]:

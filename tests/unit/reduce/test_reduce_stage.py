@@ -46,6 +46,19 @@ def test_the_table_says_what_each_method_keeps(run):
     assert codec.sa_encode(np.zeros((2, DIM), np.float32)).shape == (2, 2)
 
 
+def test_the_result_says_what_its_table_was_measured_on(run):
+    settings = {"code_bytes": [], "pca_dims": [], "rows": 300, "queries": 400, "candidates": 20, "map": None}
+    result = run_reduce(run, config(**settings), make_runtime("local"))
+    expected = {"num_vectors": 1000, "rows": 300, "queries": 300, "candidates": 20, "metric": "cosine"}
+    assert {key: result[key] for key in expected} == expected
+
+
+def test_too_few_rows_to_train_on_are_refused(run):
+    with pytest.raises(UserError, match=r"1000 vectors, reduce.rows=255[\s\S]*at least 256"):
+        run_reduce(run, config(rows=255), make_runtime("local"))
+    assert not (run.path / "reduce").exists()
+
+
 def test_pca_loses_what_lies_outside_its_subspace_and_nothing_of_the_mean(tmp_path):
     x = np.random.default_rng(0).normal(size=(400, DIM)).astype(np.float32) * np.geomspace(4, 0.1, DIM) + 7
     codec = empty_codec("PCA4,Flat", DIM)
