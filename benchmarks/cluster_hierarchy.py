@@ -7,8 +7,8 @@ parts of 2^18. `sslscale cluster` with `method=hierarchical`, then the best flat
 over all rows that begin at the hierarchical centroids, where no start of its own could bring it, go past the means but
 for the last, and compare with near groups of clusters (see sslscale.cluster.lloyd). Its last SSE is exact.
 
-Distances a row: hierarchical at most so many (`max_iterations` of each level, the starts and the assignment), flat by
-as many iterations as one level may have and the assignment.
+Distances a row: hierarchical at most so many (`max_iterations` of each level, the starts, the joint iterations and the
+assignment), flat by as many iterations as one level may have and the assignment.
 """
 
 from __future__ import annotations

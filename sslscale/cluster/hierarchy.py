@@ -2,6 +2,8 @@
 
 sqrt(K) parents are fitted over all rows; each parent's own rows are then split into a share of the K clusters that is
 proportional to their number; a row is assigned among the children of the parents nearest to its own (see tree.py).
+Where children of two parents meet they know nothing of each other: so a few iterations over all rows, assigned in that
+way, move all of them together.
 
 Clusters are many where rows are many. Balanced, they spread over what the rows cover instead, as in Vo et al., 2024,
 https://arxiv.org/abs/2405.15613: parents are fitted again, several times, on as many rows of each, and share the K
@@ -16,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from sslscale.cluster.lloyd import SAMPLE_PER_CLUSTER, ArrayRows, lloyd, schedule
+from sslscale.cluster.kernels import Pass
+from sslscale.cluster.lloyd import RELAXATION, SAMPLE_PER_CLUSTER, ArrayRows, Rows, lloyd, schedule, update
 from sslscale.cluster.seeding import initial_state
 from sslscale.cluster.tree import Tree, by_group, nearest_group
 from sslscale.features import FeatureSet, sample_positions
@@ -24,6 +27,8 @@ from sslscale.features.distance import prepare
 from sslscale.runtime.base import compute_threads
 
 RESAMPLINGS = 4  # of the balanced method
+JOINT_ITERATIONS = 3  # of all children, the balanced ones aside: they would go back to where rows are many
+NEAR_PARENTS = 32  # whose children a row is compared with
 
 
 def num_parents(num_clusters: int) -> int:
@@ -63,9 +68,39 @@ def split(
     return state.centroids[0]
 
 
-def tree_of(parents: np.ndarray, counts: np.ndarray) -> Tree:
-    """Over the children of parents (P, D), `counts` (P,) of each, that stand one parent after the other."""
-    return Tree(parents, np.arange(counts.sum()), np.concatenate([[0], np.cumsum(counts)]))
+def tree_of(centroids: np.ndarray, counts: np.ndarray) -> Tree:
+    """Over the children (K, D) of parents, `counts` of each that has any, that stand one parent after the other."""
+    counts = counts[counts > 0]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    centres = (np.add.reduceat(centroids.astype(np.float64), starts[:-1]) / counts[:, None]).astype(centroids.dtype)
+    return Tree(centres, np.arange(len(centroids)), starts, NEAR_PARENTS)
+
+
+def moved_together(rows: Rows, centroids: np.ndarray, counts: np.ndarray, metric: str, relaxation: float) -> np.ndarray:
+    """The children (K, D) after an update over all rows, see `lloyd.update`."""
+    totals = rows.totals(Pass(centroids[None], np.ones(1), [tree_of(centroids, counts)]))
+    moved = update(totals.sums[0], totals.counts[0], centroids, metric, relaxation)
+    return _filled(moved, totals.counts[0], counts, metric)
+
+
+def _filled(centroids: np.ndarray, sizes: np.ndarray, counts: np.ndarray, metric: str) -> np.ndarray:
+    """Centroids (K, D) of which each that has no rows shares those of the largest child of its parent, as in faiss."""
+    sizes, stops = sizes.copy(), np.cumsum(counts)
+    for empty in np.flatnonzero(sizes == 0).tolist():
+        parent = int(np.searchsorted(stops, empty, side="right"))
+        largest = int(stops[parent] - counts[parent] + sizes[stops[parent] - counts[parent] : stops[parent]].argmax())
+        if sizes[largest] < 2:
+            continue
+        offset = np.where(np.arange(centroids.shape[1]) % 2, 1, -1) * np.abs(centroids[largest]) / 1024
+        centroids[empty] = centroids[largest] + offset
+        centroids[largest] -= offset
+        sizes[empty] = sizes[largest] = sizes[largest] / 2
+    return prepare(centroids, metric)
+
+
+def relaxations(balanced: bool) -> list[float]:
+    """Of the iterations of all children; the last one ends at the means."""
+    return [] if balanced else [RELAXATION] * (JOINT_ITERATIONS - 1) + [1.0]
 
 
 def fit_array(
@@ -93,7 +128,9 @@ def fit_array(
 
     with compute_threads(1), ThreadPoolExecutor(rows.threads) as pool:
         centroids = np.concatenate(list(pool.map(children, np.flatnonzero(counts).tolist())))
-    return centroids, tree_of(parents, counts), int(state.iterations[state.best])
+    for relaxation in relaxations(balanced=False):
+        centroids = moved_together(rows, centroids, counts, metric, relaxation)
+    return centroids, tree_of(centroids, counts), int(state.iterations[state.best])
 
 
 def gather(

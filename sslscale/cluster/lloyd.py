@@ -252,7 +252,7 @@ def lloyd(
                 own = wanted.centroids[at]
                 # The first centroids are rows, far from any mean.
                 relaxation = steps[step].relaxation if state.iterations[restart] else 1.0
-                state.centroids[restart] = _update(totals.sums[at], totals.counts[at], own, metric, relaxation)
+                state.centroids[restart] = update(totals.sums[at], totals.counts[at], own, metric, relaxation)
                 state.iterations[restart] += 1
         state.passes += 1
         checkpoint(state)
@@ -268,7 +268,7 @@ def _go_to(state: LloydState, restart: int, following: int, steps: Sequence[Step
         state.steps[restart] = following
 
 
-def _update(sums: np.ndarray, counts: np.ndarray, before: np.ndarray, metric: str, relaxation: float) -> np.ndarray:
+def update(sums: np.ndarray, counts: np.ndarray, before: np.ndarray, metric: str, relaxation: float) -> np.ndarray:
     """The means (K, D) of the clusters, or past them; normalised under "cosine". One without any stays where it was."""
     scale = np.linalg.norm(sums, axis=1) if metric == "cosine" else counts
     means = np.where(scale[:, None] > 0, sums / np.where(scale > 0, scale, 1)[:, None], before)
@@ -283,7 +283,7 @@ def _fall(totals: Totals, at: int, centroids: np.ndarray, metric: str) -> float:
     """By which share of itself the objective falls if the centroids (K, D) go to the means, and no row changes."""
     own = Totals(totals.sums[[at]], totals.counts[[at]], totals.squares[[at]])
     now = own.objective(centroids[None])[0]
-    means = _update(totals.sums[at], totals.counts[at], centroids, metric, 1.0)
+    means = update(totals.sums[at], totals.counts[at], centroids, metric, 1.0)
     return 1 - own.objective(means[None])[0] / now if now > 0 else 0.0
 
 

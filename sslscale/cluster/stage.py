@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 
 from sslscale import storage
-from sslscale.cluster.hierarchy import RESAMPLINGS, child_counts, num_parents, sample_limit, split, tree_of
+from sslscale.cluster.hierarchy import (
+    RESAMPLINGS,
+    child_counts,
+    moved_together,
+    num_parents,
+    relaxations,
+    sample_limit,
+    split,
+    tree_of,
+)
 from sslscale.cluster.kernels import nearest_centroid, squared_distances
 from sslscale.cluster.kmeans import BY_PARENT, RANGES, KMeansWorker, PoolRows, check_num_clusters
 from sslscale.cluster.lloyd import LloydState, lloyd, schedule
@@ -187,15 +196,25 @@ def _fit_hierarchy(
             progress.advance()
     discard(stage.path / BY_PARENT)
     centroids = np.concatenate([np.array(open_npy(file)) for file in files.values()])  # closed one by one
-    tree = tree_of(parents, counts)
-    candidates = [len(tree.candidates(parent)) for parent in range(len(parents))]
+    turns = relaxations(settings.balanced)
+    with Progress("all clusters", total=len(turns), unit="iterations") as progress:
+        for turn, relaxation in enumerate(turns):
+            file = folder / f"centroids-{turn}.npy"
+            if file.name not in there:
+                rows = PoolRows(pool, features, stage.path)
+                write_npy(file, moved_together(rows, centroids, counts, settings.metric, relaxation))
+            centroids = open_npy(file)
+            progress.advance()
+    discard(stage.path / RANGES)
+    tree = tree_of(centroids, counts)
+    candidates = [len(tree.candidates(group)) for group in range(len(used))]
     write_npy(stage.path / "centroids.npy", centroids)
     return {
         "num_clusters": len(centroids),
         "objective": _assign_parts(stage, pool, features, (centroids, tree)),
         "iterations": int(state.iterations[state.best]),
         "num_parents": len(parents),
-        "distances_per_row": len(parents) + float(sizes @ candidates / sizes.sum()),
+        "distances_per_row": (len(turns) + 1) * (len(parents) + float(sizes[used] @ candidates / sizes.sum())),
     }
 
 

@@ -1,8 +1,8 @@
 """Nearest centroids by way of groups of them: rows are compared with the centroids of the nearest groups only.
 
 K centroids lie in sqrt(K) groups; a row goes to the nearest group, and is compared with the centroids of that group and
-of the NEAR_GROUPS - 1 groups nearest to it. That is what an inverted file does, and finds a centroid that is the
-nearest or about as near, by (1 + NEAR_GROUPS) sqrt(K) distances instead of K.
+of the groups nearest to it, NEAR_GROUPS in all or as many as a tree says. That is what an inverted file does, and finds
+a centroid that is the nearest or about as near, by (1 + NEAR_GROUPS) sqrt(K) distances instead of K.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class Tree:
     centres: np.ndarray
     order: np.ndarray  # (K,)
     starts: np.ndarray  # (P + 1,)
+    near: int = NEAR_GROUPS  # groups that a row is compared with
 
     def __post_init__(self) -> None:
         c = self.centres.astype(np.float64)
         norms = (c**2).sum(axis=1)
         squared = norms[:, None] + norms - 2 * c @ c.T
-        self._near = np.argsort(squared, axis=1, kind="stable")[:, :NEAR_GROUPS]
+        self._near = np.argsort(squared, axis=1, kind="stable")[:, : self.near]
 
     @classmethod
     def over(cls, centroids: np.ndarray) -> Tree | None:

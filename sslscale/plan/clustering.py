@@ -12,16 +12,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from sslscale.cluster.hierarchy import num_parents, sample_limit
+from sslscale.cluster.hierarchy import NEAR_PARENTS, num_parents, sample_limit
 from sslscale.cluster.kernels import BLOCK_ROWS, NearestCentroid, Pass, accumulate, blocks
 from sslscale.cluster.kmeans import check_num_clusters
 from sslscale.cluster.ranges import RANGE_BYTES
-from sslscale.cluster.tree import NEAR_GROUPS
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
 from sslscale.plan.model import RANKS, Machine
@@ -144,15 +143,15 @@ def flat_pass(vectors: Vectors) -> Work:
 
 
 def hierarchical_passes(vectors: Vectors) -> list[Work]:
-    """An iteration over the parents, one over all samples that are split, and the assignment.
+    """An iteration over the parents, one over all samples that are split, one of all clusters, and the assignment.
 
     A split looks at `sample_limit` rows a parent, sqrt(K) children each; every row is then compared with all parents
-    and with the children of NEAR_GROUPS of them.
+    and with the children of NEAR_PARENTS of them.
     """
     parents = num_parents(vectors.clusters)
     children = vectors.clusters / parents
     sample = min(vectors.rows, parents * sample_limit(math.ceil(children)))
-    candidates = parents + NEAR_GROUPS * children
+    candidates = parents + min(NEAR_PARENTS, parents) * children
     centroids = vectors.clusters * vectors.dim * FP32
     split = Work(
         "an iteration of the splits",
@@ -174,7 +173,10 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
         worker_bytes=centroids + vectors.part_rows * (FP64 + FP32 + FP64),
         driver_bytes=2 * centroids,
     )
-    return [_pass("an iteration of the parents", vectors, parents), split, assign]
+    joint = replace(
+        _pass("an iteration of all clusters", replace(vectors, restarts=1), vectors.clusters), flops=assign.flops
+    )
+    return [_pass("an iteration of the parents", vectors, parents), split, joint, assign]
 
 
 def _pass(name: str, vectors: Vectors, clusters: int) -> Work:

@@ -59,7 +59,7 @@ def test_hierarchical(run):
     runtime = make_runtime("local")
     result = run_cluster(run, config(1, **settings), runtime, name="one")
     assert result["num_clusters"] == len(result["sizes"]) == 150 and result["num_parents"] == 12
-    assert result["distances_per_row"] < 150 and sum(result["sizes"]) == PARTS * PART_ROWS
+    assert result["distances_per_row"] <= 4 * (12 + 150) and sum(result["sizes"]) == PARTS * PART_ROWS
     flat = run_cluster(run, config(1, num_clusters=150, num_init=1), runtime, name="flat")
     assert result["objective"] <= 1.06 * flat["objective"]
     assert run_cluster(run, config(2, **settings), runtime, name="two") == result

@@ -58,10 +58,11 @@ def test_the_driver_gets_what_the_workers_of_kmeans_send() -> None:
 
 
 def test_the_hierarchy_compares_with_parents_and_near_children() -> None:
-    parents, split, assign = hierarchical_passes(VECTORS)
+    parents, split, joint, assign = hierarchical_passes(VECTORS)
     assert parents.flops == 2 * 10**9 * 1000 * 384
     assert split.flops == 2 * (1000 * 256 * 1000) * 1000 * 384
-    assert assign.flops == 2 * 10**9 * (1000 + 8 * 1000) * 384
+    assert assign.flops == joint.flops == 2 * 10**9 * (1000 + 32 * 1000) * 384
+    assert joint.bytes_received == flat_pass(VECTORS).bytes_received > assign.bytes_received == 0
 
 
 def test_a_pass_waits_for_the_slowest() -> None:
@@ -90,7 +91,7 @@ def test_the_command_plans_without_any_data() -> None:
     command = ["plan", "--vectors", "1000000x16", "--matrix", "400", "--json", "cluster.num_clusters=10000"]
     found = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout.splitlines()[-1])
     assert found["device"]["matrix"] == 4e14
-    assert [len(work["devices"]) for work in found["passes"]] == [len(RANKS)] * 4
+    assert [len(work["devices"]) for work in found["passes"]] == [len(RANKS)] * 5
     told = "\n".join(clustering_lines(found))
     assert "10,000 clusters" in told
     assert "driver gets" in told
