@@ -56,7 +56,7 @@ def test_halves_too_small_for_the_clusters_have_no_stability():
         assert (halves is not None) == known
 
 
-@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("offset", [0, 10_000])
 @pytest.mark.parametrize("method", MAX_ROWS)
 def test_other_clusterers_find_blobs(method, offset):
     generator = np.random.default_rng(0)
