@@ -22,6 +22,7 @@ from sslscale.cluster.kernels import (
     Pass,
     Totals,
     accumulate,
+    add_rows,
     blocks,
     farthest,
     nested_sample,
@@ -305,15 +306,18 @@ class KMeansWorker:
     def given(self, part: int, broadcast: None) -> tuple[np.ndarray, np.ndarray]:
         """Sums (K, D) of the part's rows and their numbers (K,), by the cluster that the objective gives most to."""
         labels, num_clusters = self._given(part)
-        sums = np.zeros((num_clusters, self.features.dim))
-        np.add.at(sums, labels, prepare(self.features.block(part), self.metric))
-        return sums, np.bincount(labels, minlength=num_clusters)
+        sums, counts = np.zeros((num_clusters, self.features.dim)), np.zeros(num_clusters)
+        for here, x in blocks(self.features.block(part), self.metric):
+            add_rows(labels[here], x.astype(np.float64), np.ones(len(x)), sums, counts)
+        return sums, counts.astype(np.int64)
 
     def assign_given(self, part: int, centroids: np.ndarray) -> dict[str, Any]:
         """`assign`, to the clusters that the objective gives; `centroids` (K, D) are their means."""
         labels, _ = self._given(part)
-        x = prepare(self.features.block(part), self.metric)
-        return self._write(part, labels, squared_distances(x, centroids, labels))
+        squared = np.empty(len(labels))
+        for here, x in blocks(self.features.block(part), self.metric):
+            squared[here] = squared_distances(x, centroids, labels[here])
+        return self._write(part, labels, squared)
 
     def _given(self, part: int) -> tuple[np.ndarray, int]:
         if not self.features.parts[part].rows:

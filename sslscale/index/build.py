@@ -5,10 +5,12 @@ What it writes is in `sslscale.index.record`.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -258,10 +260,17 @@ class _Builder:
         merge_rows([path / shard["rows"] for shard in shards], vectors, path / rows)
         if len(shards) == 1:
             with replacing(path / index) as temporary:
-                temporary.hardlink_to(storage.bring(path / shards[0]["index"]))
+                _link(storage.bring(path / shards[0]["index"]), temporary)
         else:
             merge_files(path / trained, [path / shard["index"] for shard in shards], path / index)
         return shard_record(path, vectors, index=index, rows=rows)
+
+
+def _link(file: Path, other: Path) -> None:
+    try:
+        other.hardlink_to(file)
+    except OSError:  # a file system without such links
+        shutil.copyfile(file, other)
 
 
 def _grouped(parts: Sequence[IndexedPart], shard_rows: int) -> list[list[IndexedPart]]:
