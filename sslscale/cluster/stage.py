@@ -33,7 +33,7 @@ from sslscale.cluster.hierarchy import (
     tree_of,
 )
 from sslscale.cluster.kernels import nearest_centroid, squared_distances
-from sslscale.cluster.kmeans import BY_PARENT, RANGES, KMeansWorker, PoolRows, check_num_clusters
+from sslscale.cluster.kmeans import BY_PARENT, METHODS, RANGES, KMeansWorker, PoolRows, check_num_clusters
 from sslscale.cluster.lloyd import LloydState, lloyd, schedule
 from sslscale.cluster.measures import Tally, davies_bouldin, imbalance, silhouette
 from sslscale.cluster.others import MAX_ROWS, NOISE, check_rows, fit_labels, means
@@ -45,7 +45,7 @@ from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features, sample_positions
 from sslscale.features.distance import prepare, to_distance, to_objective
 from sslscale.features.files import open_npy, write_npy
-from sslscale.rundir import Metrics, RunDir, Stage, discard, write_atomic
+from sslscale.rundir import Metrics, RunDir, Stage, discard, read_json, write_atomic, write_json
 from sslscale.runtime.base import Pool, Resources, Runtime, compute_threads
 from sslscale.runtime.progress import Progress
 
@@ -65,16 +65,17 @@ def run_cluster(
     features = open_features(run, settings.datasets)
     numbers = _numbers(settings, features.num_rows)
     threads = config.runtime.threads
-    stage = run.open_stage(
-        "cluster",
-        name,
-        {**settings.identity(), "seed": config.seed, "threads": threads},
-        {"features": features.identity},
-        overwrite=overwrite,
-    )
+    identity = {**settings.identity(), "seed": config.seed, "threads": threads}
+    parents = {"features": features.identity}
+    stage = run.open_stage("cluster", name, identity, parents, overwrite=overwrite)
     if stage.done:
         return stage.result
-    device = _device(stage, runtime.device(settings.device))
+    device = runtime.device(settings.device)
+    if overwrite and _begun_on(stage, device) != device:
+        discard(stage.path)
+        stage = run.open_stage("cluster", name, identity, parents)
+    if settings.method in METHODS:
+        _stay_on(stage, device)
     setup = {"features": features.paths, "metric": settings.metric, "output": str(stage.path), "device": device}
     workers = min(config.runtime.workers, len(features.parts))
     resources = Resources(threads=threads, gpus=1.0 if device == "cuda" else 0.0)
@@ -89,19 +90,23 @@ def run_cluster(
     return stage.finish({"num_samples": features.num_rows, **found, **measures})
 
 
-def _device(stage: Stage, device: str) -> str:
-    """What the iterations run on, which stays so when they are resumed: early ones differ between CPUs and GPUs."""
-    begun = stage.part_done("device")
-    if begun is None:
-        stage.finish_part("device", {"device": device})
-    elif begun["device"] != device:
+def _begun_on(stage: Stage, device: str) -> str:
+    """What the iterations ran on before they were interrupted; `device` if they were not."""
+    file = stage.path / "device.json"
+    return read_json(file)["device"] if storage.size(file) is not None else device
+
+
+def _stay_on(stage: Stage, device: str) -> None:
+    """Iterations go on on the kind of device that they were begun on: early ones differ between CPUs and GPUs."""
+    begun = _begun_on(stage, device)
+    if begun != device:
         raise UserError(
             "this clustering was begun on another device",
             got=device,
-            allowed=begun["device"],
-            fix=f"set cluster.device={begun['device']}, or begin again with --overwrite",
+            allowed=begun,
+            fix=f"set cluster.device={begun}, or begin again with --overwrite",
         )
-    return device
+    write_json(stage.path / "device.json", {"device": device})
 
 
 def _numbers(settings: ClusterConfig, num_rows: int) -> list[int]:

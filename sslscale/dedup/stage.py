@@ -35,7 +35,7 @@ from sslscale.shards.dataset import ShardSet, write_filtered
 from sslscale.shards.decode import DecodeError, image_bytes
 
 PAIRS_PER_TASK = 256
-UNREADABLE = (DecodeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # as PIL says it
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # as PIL says it
 
 Place = tuple[str, int, int]  # dataset, shard, record
 
@@ -182,14 +182,24 @@ class CompareWorker:
 
     def compare(self, pairs: Sequence[tuple[Place, Place, bool]], broadcast: None = None) -> list[bool | None]:
         shard = cache(lambda name, number: self.shards[name].open(number))  # open until the task is done
-        data = [[shard(name, number).read(record) for name, number, record in pair[:2]] for pair in pairs]
+        data = [[_image(shard(name, number).read(record)) for name, number, record in pair[:2]] for pair in pairs]
         return [self._same(a, b, pair[2]) for (a, b), pair in zip(data, pairs, strict=True)]
 
-    def _same(self, first: dict[str, Any], second: dict[str, Any], stands_out: bool) -> bool | None:
-        try:
-            return same_picture(image_bytes(first), image_bytes(second), stands_out=stands_out)
-        except UNREADABLE:  # texts and clips, and what torchvision could read and PIL cannot: counted
+    def _same(self, first: bytes | None, second: bytes | None, stands_out: bool) -> bool | None:
+        if first is None or second is None:
             return None
+        try:
+            return same_picture(first, second, stands_out=stands_out)
+        except UNREADABLE:  # what torchvision could read and PIL cannot: counted
+            return None
+
+
+def _image(sample: dict[str, Any]) -> bytes | None:
+    """Its bytes; None of a text or a clip."""
+    try:
+        return image_bytes(sample)
+    except DecodeError:
+        return None
 
 
 def _places(features: FeatureSet, shards: Mapping[str, ShardSet], positions: np.ndarray) -> list[Place]:

@@ -24,7 +24,7 @@ from sslscale.index.factory import can_merge, empty_index, train, use_gpus
 from sslscale.index.measure import tuned
 from sslscale.index.merge import merge_files, merge_rows
 from sslscale.index.plan import IndexPlan, plan_index
-from sslscale.index.record import CARRIED, IndexedPart, IndexRecord, deletions, indexed_parts, located, write_parts
+from sslscale.index.record import IndexedPart, IndexRecord, carried, deletions, indexed_parts, located, write_parts
 from sslscale.index.shard import BuildWorker, Group, prepared, shard_record, write_index
 from sslscale.rundir import RunDir, Stage, discard, hash_json, read_json, write_json
 from sslscale.runtime.base import Resources, Runtime, compute_threads
@@ -56,7 +56,8 @@ def run_index(
     record.numbers(features)
     if record.damaged():
         run.on_start()
-        record = IndexRecord(stage.path, builder.repaired(record, plan))
+        same = settings.model_copy(update={"factory": record.result["factory"]})
+        record = IndexRecord(stage.path, builder.repaired(record, plan_index(same, features.num_rows, features.dim)))
     known = set(record.parts)
     new = [part for part in indexed_parts(features) if part not in known]
     if not new:
@@ -69,13 +70,15 @@ def _open(
     run: RunDir, name: str, features: FeatureSet, identity: dict[str, Any], parents: dict[str, str], overwrite: bool
 ) -> Stage:
     """The stage; one that is overwritten knows what was deleted before."""
-    deleted = deletions(run.stage_path("index", name)) if overwrite else []
+    path = run.stage_path("index", name)
+    if overwrite and (deleted := deletions(path)):
+        write_json(carried(path), deleted)
     stage = run.open_stage("index", name, identity, parents, overwrite=overwrite)
     if overwrite and stage.done and set(IndexRecord(stage.path, stage.result).parts) - set(indexed_parts(features)):
         discard(stage.path)  # of features that were embedded again since
         stage = run.open_stage("index", name, identity, parents)
-    if deleted and not stage.done:
-        write_json(stage.path / CARRIED, deleted)
+    if stage.done:
+        storage.remove(carried(path))
     return stage
 
 
@@ -144,7 +147,7 @@ class _Builder:
 
     def repaired(self, record: IndexRecord, plan: IndexPlan) -> dict[str, Any]:
         """The same index, in files made again; without what was deleted."""
-        if not (self.stage.path / record.result["trained"]).is_file():
+        if storage.size(self.stage.path / record.result["trained"]) is None:
             with compute_threads(self.threads):
                 record = record.updated(trained=self._train(plan))
         return self.compacted(record)
@@ -251,6 +254,7 @@ class _Builder:
         values = {"bytes": sum(sizes), "build_seconds": seconds, "num_deleted": gone, **measured}
         result = self.stage.finish(record.updated(**values).result)
         IndexRecord(self.stage.path, result).remove_others()
+        storage.remove(carried(self.stage.path))
         return result
 
     def _merged(self, shards: Sequence[dict[str, Any]], trained: str, suffix: str) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from sslscale.index.factory import Effort
 from sslscale.rundir import RunDir, hash_json, read_json, write_json
 
 ROW = 0xFFFFFFFF  # the lower half of a row id
-CARRIED = "parts-deleted.json"
 
 
 @dataclass(frozen=True)
@@ -152,11 +151,16 @@ def deletions(folder: Path) -> list[dict[str, Any]]:
     `{"part": an IndexedPart as a dict, "rows": [...]}` for each part that has any.
     """
     if not (folder / "result.json").is_file():
-        return read_json(folder / CARRIED) if (folder / CARRIED).is_file() else []
+        return read_json(carried(folder)) if storage.size(carried(folder)) is not None else []
     record = IndexRecord(folder, {}).renewed()
     numbers, starts = np.unique(record.deleted >> 32, return_index=True)
     rows = np.split(record.deleted & ROW, starts[1:])
     return [{"part": asdict(record.parts[at]), "rows": own.tolist()} for at, own in zip(numbers, rows, strict=False)]
+
+
+def carried(folder: Path) -> Path:
+    """Where `deletions` are noted while another index is built in the folder: beside it, as it is emptied first."""
+    return folder.with_name(f".{folder.name}.deleted.json")
 
 
 def located(deleted: Sequence[dict[str, Any]], parts: Sequence[IndexedPart]) -> tuple[np.ndarray, int]:

@@ -60,12 +60,14 @@ class Shard:
     def search(self, request: Request) -> Found:
         """Vectors that a filter keeps are compared one by one where that is less work than looking into the index."""
         x, kept = request.x, self._kept(request.where)
+        if not self.num_kept(request.where):
+            return _padded(np.empty((len(x), 0)), np.empty((len(x), 0), np.int64), request.k, 0)
         if kept is None:
             found = self._look(self._fast, x, min(request.k, len(self._rows)), request.effort, None)
             return _padded(*found, request.k, len(self._rows))
         k = min(request.k, kept.count)
         distances, ids = np.empty((len(x), k), np.float32), np.empty((len(x), k), np.int64)
-        left = np.full(len(x), k > 0)
+        left = np.ones(len(x), dtype=bool)
         for look in kept.looks(x, request.effort, k):
             found = self._look(self.index, x[look.queries], look.k, look.effort, kept.selector)
             distances[look.queries], ids[look.queries] = (array[:, :k] for array in found)

@@ -21,6 +21,7 @@ from sslscale.index.factory import (
 
 GRAPH_TOUCHES = 16  # rows that a graph compares for each place of its candidate list, about
 SCAN_SHARE = 0.1  # up to this share of the rows, fetching them costs less than asking a selector about every row
+LISTS_AT_ONCE = 2**22  # that are named for queries, all together
 NEARLY_ALL = 0.99  # of the rows: then the effort stays what it is
 
 
@@ -81,11 +82,18 @@ class Kept:
             yield Look(everyone, effort, k)
 
     def _until_enough(self, x: np.ndarray, effort: Effort, k: int) -> Iterator[Look]:
-        nlist, nprobe = self._lists.nlist, effort.nprobe or 1
-        vectors, kept = self.in_lists
-        wanted = vectors[nearest_lists(self.index, x, nprobe)].sum(axis=1)
+        nlist = self._lists.nlist
         most = (nlist * self.count - 1) // self.index.ntotal  # lists that hold fewer vectors than are kept at all
-        left = np.arange(len(x))
+        step = max(1, LISTS_AT_ONCE // max(most, effort.nprobe or 1))
+        for start in range(0, len(x), step):
+            yield from self._of_some(x, np.arange(start, min(start + step, len(x))), effort, k, most)
+
+    def _of_some(self, x: np.ndarray, left: np.ndarray, effort: Effort, k: int, most: int) -> Iterator[Look]:
+        """Of the queries `left`; those that would look at more than `most` lists are in none."""
+        nprobe = effort.nprobe or 1
+        vectors, kept = self.in_lists
+        wanted = np.zeros(len(x), np.int64)
+        wanted[left] = vectors[nearest_lists(self.index, x[left], nprobe)].sum(axis=1)
         while len(left) and nprobe <= most:
             enough = kept[nearest_lists(self.index, x[left], nprobe)].sum(axis=1) >= wanted[left]
             if enough.any():

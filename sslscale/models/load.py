@@ -179,8 +179,8 @@ def _find(name: str, run: Path, channels: int | None, size: int | None, run_size
 
 
 def _is_folder(name: str) -> bool:
-    """Whether it is none of the names that stand for something else; the colon of a URL makes no class."""
-    is_class = ":" in name and "://" not in name  # timm: among them
+    """Whether it is none of the names that stand for something else; the colon of a URL or a path makes no class."""
+    is_class = ":" in name and "://" not in name and not name.startswith(("/", "."))  # timm: among them
     return not (name in HANDCRAFTED or name.endswith(TORCHSCRIPT) or is_class)
 
 

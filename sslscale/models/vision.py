@@ -38,7 +38,7 @@ class VisionBackbone(Encoder):
         super().__init__(model.config, None)
         self.model, self.size = model, size
         names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
-        self.has_class_token = "cls_token" in names
+        self.has_class_token = bool(names & {"cls_token", "class_embedding"})
         registers = getattr(self.config, "num_register_tokens", 0) if "register_tokens" in names else 0
         self.num_prefix_tokens = self.has_class_token + ("distillation_token" in names) + registers
         for name, values in (("mean", mean), ("std", std)):

@@ -11,6 +11,7 @@ from sslscale.cluster.kernels import Pass
 from sslscale.cluster.kmeans import KMeansWorker, PoolRows
 from sslscale.cluster.stage import run_cluster
 from sslscale.config import RunConfig
+from sslscale.errors import UserError
 from sslscale.features import FeatureStore, open_features
 from sslscale.rundir import RunDir
 from sslscale.runtime.base import make_runtime
@@ -176,3 +177,14 @@ def test_sums_by_ranges_are_of_this_pass_where_workers_share_only_a_store(run, s
             np.testing.assert_array_equal(found.sums, expected.sums)
     local = adds.output / "ranges"
     assert [folder.name for folder in local.iterdir()] == ["1"], "what is no longer needed is not kept"
+
+
+def test_a_clustering_goes_on_on_the_device_that_it_was_begun_on(run, monkeypatch):
+    runtime = make_runtime("local")
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(PoolRows, "totals", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_cluster(run, config(1), runtime)
+    (run.path / "cluster/main/device.json").write_text('{"device": "cuda"}')
+    with pytest.raises(UserError, match="begun on another device"):
+        run_cluster(run, config(1), runtime)
+    assert run_cluster(run, config(1), runtime, overwrite=True)["num_clusters"] == CLUSTERS

@@ -74,7 +74,34 @@ def test_another_kind_of_index_in_its_place_knows_what_was_deleted(run, capsys):
     assert result["factory"] == "IVF8,Flat" and result["num_deleted"] == len(DOOMED)
     assert not set(DOOMED) & found(Index.open(run))
     assert "deleted" not in capsys.readouterr().err
-    assert not (run.path / "index/main/parts-deleted.json").exists()
+    assert not (run.path / "index/.main.deleted.json").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_what_was_deleted_outlives_a_kill_while_another_index_takes_its_place(run, monkeypatch):
+    build(run)
+    Index.open(run).delete(DOOMED)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "on_start", lambda: (_ for _ in ()).throw(Killed))  # the old index is gone by then
+        with pytest.raises(Killed):
+            build(run, overwrite=True, factory="IVF8,Flat")
+    assert build(run, factory="IVF8,Flat")["num_deleted"] == len(DOOMED)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF16,SQfp16"])
+def test_a_shard_that_is_deleted_as_a_whole(run, factory):
+    build(run, layout="sharded", factory=factory, shard_rows=PART_ROWS)
+    Index.open(run).delete([f"train-0-{row}" for row in range(PART_ROWS)])
+    left = (PARTS - 2) * PART_ROWS
+    for index in (Index.open(run), compact_index(run, LOCAL) and Index.open(run)):
+        assert index.num_vectors == left
+        assert not any(key.startswith("train-0-") for key in found(index))
+        assert (index.search(queries(), 5, where="label < 50")[1] >= 0).all()
+        with pytest.raises(UserError, match="filter keeps"):
+            index.search(queries(), 1, where="label > 100")
 
 
 def test_deletions_of_samples_that_were_embedded_again_are_said_to_be_gone(run, capsys):
