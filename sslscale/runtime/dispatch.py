@@ -86,8 +86,11 @@ class DispatchPool(abc.ABC, Generic[Handle]):
             return
         waiting: dict[int, Any] = {}
         following = 0
-        near = lambda index: index < following + AHEAD * self._size  # noqa: E731
-        for found, result in self._map(method, items, broadcast, near):
+
+        def is_near(index: int) -> bool:
+            return index < following + AHEAD * self._size
+
+        for found, result in self._map(method, items, broadcast, is_near):
             waiting[found] = result
             while following in waiting:
                 yield following, waiting.pop(following)
