@@ -15,6 +15,7 @@ from sslscale.config import AugmentConfig
 from sslscale.views.keyed import KeyedRandom
 
 _LUMA = (0.299, 0.587, 0.114)
+_CROP_TRIES = 10
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -42,12 +43,11 @@ def augment(images: Tensor, random: KeyedRandom, recipe: AugmentConfig, size: in
 
 
 def warp(images: Tensor, random: KeyedRandom, recipe: AugmentConfig, size: int) -> Tensor:
-    """Crop, flip, rotation, shear and shift as one affine map, sampled once: (B, C, H, W) -> (B, C, S, S)."""
-    low, high = recipe.crop_scale
-    area = random.uniform("crop/area", low, high)
-    log_ratio = random.uniform("crop/ratio", math.log(recipe.crop_ratio[0]), math.log(recipe.crop_ratio[1]))
-    width = (area.sqrt() * torch.exp(log_ratio / 2)).clamp_(max=1.0)
-    height = (area.sqrt() * torch.exp(-log_ratio / 2)).clamp_(max=1.0)
+    """Crop, flip, rotation, shear and shift as one affine map, sampled once: (B, C, H, W) -> (B, C, S, S).
+
+    What lies outside the image is 0. Nothing is blended with that: an edge keeps its brightness.
+    """
+    width, height = _crop_sides(random, recipe)
     # grid_sample's coordinates run from -1 to 1: a crop of width w may be centred anywhere in [-(1 - w), 1 - w]
     centre_x = random.uniform("crop/x", -1.0, 1.0) * (1.0 - width)
     centre_y = random.uniform("crop/y", -1.0, 1.0) * (1.0 - height)
@@ -67,7 +67,41 @@ def warp(images: Tensor, random: KeyedRandom, recipe: AugmentConfig, size: int) 
         dim=1,
     )  # (B, 2, 3)
     grid = F.affine_grid(theta, [len(images), images.shape[1], size, size], align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    inside = (grid.abs() <= 1.0).all(dim=3)[:, None]
+    return torch.where(inside, _sampled(images, grid, torch.minimum(width, height)), 0.0)
+
+
+def _crop_sides(random: KeyedRandom, recipe: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """Width and height (B,) of each sample's crop, as shares of the sides, as torchvision's RandomResizedCrop draws:
+
+    area and ratio uniformly (the ratio in its logarithm) until the crop fits; after ten tries the largest that does.
+    """
+    area = random.uniform("crop/area", *recipe.crop_scale, shape=(_CROP_TRIES,))
+    low, high = recipe.crop_ratio
+    ratio = torch.exp(random.uniform("crop/ratio", math.log(low), math.log(high), shape=(_CROP_TRIES,)))
+    largest = min(max(1.0, low), high)  # the ratio nearest to the whole image's
+    fallback = (min(1.0, largest), min(1.0, 1.0 / largest))
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()])  # (2, B, tries)
+    fits = (sides <= 1.0).all(dim=0)
+    first = fits.to(torch.int8).argmax(dim=1, keepdim=True)
+    drawn = sides.gather(2, first.expand(2, -1, -1))[:, :, 0]  # (2, B)
+    width, height = torch.where(fits.any(dim=1), drawn, sides.new_tensor(fallback)[:, None])
+    return width, height
+
+
+def _sampled(images: Tensor, grid: Tensor, crop: Tensor) -> Tensor:
+    """Bilinear samples of images (B, C, H, W) at `grid` (B, S, S, 2): (B, C, S, S), without aliasing.
+
+    Crops, of which `crop` (B,) is the smaller side as a share of the image's, that have at least twice the view's
+    pixels are read from the image at half the size, or a quarter, and so on.
+    """
+    shrinks = min(images.shape[2:]) / grid.shape[1]
+    views = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    for level in range(1, int(math.log2(shrinks)) + 1 if shrinks >= 2 else 1):
+        images = F.adaptive_avg_pool2d(images, (images.shape[2] // 2, images.shape[3] // 2))
+        smaller = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        views = torch.where((crop * shrinks >= 2**level)[:, None, None, None], smaller, views)
+    return views
 
 
 def jitter(images: Tensor, random: KeyedRandom, recipe: AugmentConfig) -> Tensor:

@@ -15,13 +15,15 @@ from sslscale.views.keyed import KeyedRandom
 # The eight cells around the centre of a 3 x 3 grid, row by row.
 NEIGHBOUR_CELLS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2))
 
+_ONLY_GEOMETRY = {"jitter_probability": 0.0, "grayscale": 0.0, "erase": 0.0}
+
 
 class _Grid:
     """A 3 x 3 grid of patches, `patch_size` wide in cells of a third of the view.
 
     Patches are moved within their cells at random, and at least `gap` pixels lie between two: continuing an edge or a
     texture does not solve the task (Doersch et al. 2015, section 3.1). Each patch's colours are jittered on their own,
-    against chromatic aberration.
+    against chromatic aberration, and the whole's are not.
     """
 
     def __init__(self, recipe: AugmentConfig, patch_size: int, gap: int) -> None:
@@ -35,12 +37,12 @@ class _Grid:
             )
 
     def whole(self, images: Tensor, random: KeyedRandom) -> Tensor:
-        return augment(images, random.fold("whole"), self.recipe.model_copy(update={"erase": 0.0}))
+        return augment(images, random.fold("whole"), self.recipe.model_copy(update=_ONLY_GEOMETRY))
 
     def patch(self, whole: Tensor, random: KeyedRandom, cells: Tensor) -> Tensor:
         """The patch in `cells` (B, 2), row and column: (B, C, patch_size, patch_size)."""
         slack = self.cell - self.gap - self.patch_size + 1
-        corner = cells * self.cell + self.gap // 2 + random.integers("jitter", slack, shape=(2,))
+        corner = cells * self.cell + self.gap // 2 + random.integers("corner", slack, shape=(2,))
         return jitter(crop_at(whole, corner[:, 0], corner[:, 1], self.patch_size), random, self.recipe)
 
 

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.transforms import RandomResizedCrop
 
 from sslscale.config import AugmentConfig
 from sslscale.errors import UserError
 from sslscale.views.crops import Crops, multi_crop
-from sslscale.views.image import augment, crop_at, jitter, rotate_quarter, to_float, warp
+from sslscale.views.image import _crop_sides, augment, crop_at, jitter, rotate_quarter, to_float, warp
 from sslscale.views.keyed import KeyedRandom
 from sslscale.views.pretext import NEIGHBOUR_CELLS, PatchPair, Rotated
 
@@ -155,3 +157,48 @@ def test_crop_at_cuts_without_resampling():
 
 def test_to_float_scales_bytes():
     assert torch.equal(to_float(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)), torch.tensor([[[[0.0, 1.0]]]]))
+
+
+CROPS = [((0.2, 1.0), (0.75, 4 / 3)), ((0.9, 1.0), (0.75, 4 / 3)), ((1.0, 1.0), (2.0, 3.0))]
+
+
+@pytest.mark.parametrize(("scale", "ratio"), CROPS)
+def test_crops_are_drawn_as_torchvision_draws_them(scale, ratio):
+    recipe = PLAIN.model_copy(update={"crop_scale": scale, "crop_ratio": ratio})
+    width, height = _crop_sides(keyed(range(5000)), recipe)
+    torch.manual_seed(0)
+    # of a large image, so that their rounding to pixels does not show
+    theirs = [RandomResizedCrop.get_params(torch.empty(1, 4000, 4000), list(scale), list(ratio)) for _ in range(5000)]
+    _, _, rows, columns = np.array(theirs).T / 4000
+    assert width.max() <= 1 and height.max() <= 1
+    for ours, other in ((width, columns), (height, rows), (width * height, rows * columns)):
+        deciles = np.linspace(0.1, 0.9, 9)
+        np.testing.assert_allclose(np.quantile(ours.numpy(), deciles), np.quantile(other, deciles), atol=0.02)
+
+
+def test_an_edge_keeps_its_brightness_and_the_outside_is_black():
+    white = torch.ones(500, 1, 8, 8)
+    crops = warp(white, keyed(range(500)), PLAIN.model_copy(update={"crop_scale": (0.2, 1.0)}), 8)
+    torch.testing.assert_close(crops, torch.ones_like(crops))
+    moved = warp(white, keyed(range(500)), PLAIN.model_copy(update={"shift": 0.4, "rotate_degrees": 30}), 8)
+    assert set(moved.round(decimals=5).unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_crop_of_more_pixels_than_its_view_is_averaged():
+    noise = torch.randn(32, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    far = warp(noise, keyed(range(32)), PLAIN, 8)
+    torch.testing.assert_close(far, F.avg_pool2d(noise, 8))  # bilinear samples of single pixels have a deviation of .5
+    near = PLAIN.model_copy(update={"crop_scale": (1 / 64, 1 / 64)})  # as many pixels as the view has
+    assert warp(noise, keyed(range(32)), near, 8).std() > 0.4
+
+
+def test_where_a_patch_lies_says_nothing_of_its_colours():
+    recipe = PLAIN.model_copy(update={"size": 24, "brightness": 0.5, "jitter_probability": 0.5})
+    gradient = torch.linspace(0.1, 0.6, 24)[:, None]
+    for images in (gradient.expand(2000, 1, 24, 24), gradient.T.expand(2000, 1, 24, 24)):  # down, across
+        patch = PatchPair(recipe, 4, 0)(images, keyed(range(2000)))["centre"][:, 0]
+        factor = (patch[:, 1, 1] - patch[:, 0, 0]) / (0.5 / 23)
+        assert factor.min() > 0.49 and factor.max() < 1.51  # once, not the whole and the patch
+        corner = (patch[:, 0, 0] / factor).round(decimals=3)
+        shares = [((factor - 1).abs() > 1e-3)[corner == at].float().mean().item() for at in corner.unique()]
+        assert shares == pytest.approx([0.5] * 5, abs=0.1)
