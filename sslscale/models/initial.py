@@ -58,6 +58,13 @@ def load_weights(backbone: Encoder, source: str) -> None:
         ) from None
 
 
+def initial_run(source: str) -> Path | None:
+    """The run directory that `source` is, None where it names weights alone."""
+    path = storage.local_path(source)
+    is_run = not storage.bring(path / "backbone.json").is_file() and not storage.bring(path).is_file()
+    return path if is_run else None
+
+
 def initial_files(source: str) -> Path:
     """The folder in which an export of `source` has the files beside its weights."""
     return _weights_file(source).parent

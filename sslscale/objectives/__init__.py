@@ -96,5 +96,6 @@ def build_objective(config: dict[str, Any], backbone: Encoder, recipe: AugmentCo
 
     cls, settings = objective_settings(config)
     objective = cls(backbone, recipe, **settings)
+    objective.config = {"name": config["name"], **settings}
     gather_batch_norm(objective)
     return objective

@@ -49,6 +49,10 @@ class Corpus(Protocol):
         """(n, D) -> (K, D): k-means centroids, Euclidean. UserError where K > n."""
         ...
 
+    def settle(self, backbone: nn.Module) -> None:
+        """Gives BatchNorm the statistics of the loaded samples, for passes in evaluation mode."""
+        ...
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -59,9 +63,12 @@ class Moment:
     last_step: int
 
     def every(self, epochs: float) -> bool:
-        """True before the first step and after every so many epochs, but not at the end; 0: before the first only."""
+        """True before the first step and after every so many epochs; 0: before the first only.
+
+        Not where less than half as many steps are left: they would not make up for it.
+        """
         period = max(1, round(epochs * self.epoch_steps)) if epochs else self.last_step
-        return self.step % period == 0 and self.step < self.last_step
+        return self.step % period == 0 and (self.step == 0 or self.last_step - self.step >= period / 2)
 
 
 class Objective(nn.Module):
@@ -71,6 +78,8 @@ class Objective(nn.Module):
     and its own settings as keyword arguments with type hints: the config is validated against that signature.
     """
 
+    config: dict[str, Any]
+    """Its name and all of its settings, by which `build_objective` made it."""
     takes: ClassVar[str] = "images"
     """What its views are made of: images, clips or tokens. A backbone must offer that."""
     views: ViewSpec
@@ -86,6 +95,15 @@ class Objective(nn.Module):
         backbone.check_offers(self.takes)
         self.backbone = backbone
         self.register_forward_pre_hook(_draw_by_sample)
+
+    @property
+    def parts(self) -> list[Objective]:
+        """The objectives that it is made of: itself, or several that share its backbone."""
+        return [self]
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """What it trains beside the backbone, by name."""
+        return {name: value for name, value in self.named_parameters() if not name.startswith("backbone.")}
 
     def make_views(self, inputs: Tensor, random: KeyedRandom) -> dict[str, Tensor]:
         """The views of inputs (B, ...) as the backbone takes them."""
@@ -141,6 +159,19 @@ class Objective(nn.Module):
         assert buffers.keys() == state.keys(), "slow state belongs to another objective"
         for name, buffer in buffers.items():
             buffer.resize_(state[name].shape).copy_(state[name])
+
+
+class PatchObjective(Objective):
+    """An objective whose backbone is trained on patches, but gives features of whole images.
+
+    At the end its BatchNorm therefore gets the statistics of whole images, instead of those of patches.
+    """
+
+    def prepares_at(self, moment: Moment) -> bool:
+        return moment.step == moment.last_step
+
+    def prepare(self, corpus: Corpus, moment: Moment) -> None:
+        corpus.settle(self.backbone)
 
 
 def _draw_by_sample(objective: nn.Module, arguments: tuple[Batch]) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor
 from sslscale.config import AugmentConfig
 from sslscale.models.heads import mlp
 from sslscale.models.image import Backbone
-from sslscale.objectives.base import Objective, classification_metrics, representation_metrics
+from sslscale.objectives.base import PatchObjective, classification_metrics, representation_metrics
 from sslscale.views.base import Batch
 from sslscale.views.pretext import NEIGHBOUR_CELLS, PatchPair
 
 
-class ContextPrediction(Objective):
+class ContextPrediction(PatchObjective):
     """The position of one patch relative to another."""
 
     def __init__(

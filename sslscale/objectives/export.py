@@ -11,16 +11,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sslscale import storage
 from sslscale.config import AugmentConfig, validate
 from sslscale.errors import UserError
 from sslscale.models.base import Encoder
 from sslscale.models.export import load_backbone, read_backbone_meta
-from sslscale.objectives import build_objective, objective_settings
+from sslscale.objectives import build_objective
 from sslscale.objectives.base import Objective
+from sslscale.objectives.teacher import TeacherObjective
 from sslscale.rundir import FORMAT_VERSION, hash_file, read_json, write_json
 
 WEIGHTS, META = "objective.safetensors", "objective.json"
@@ -29,7 +31,6 @@ _BACKBONE = "backbone."
 
 def export_objective(
     objective: Objective,
-    config: dict[str, Any],
     recipe: AugmentConfig,
     state: dict[str, Tensor],
     folder: Path,
@@ -38,7 +39,7 @@ def export_objective(
 ) -> None:
     """Writes the two files, the JSON last.
 
-    `config` and `recipe` built the objective; `state` is its whole state dict; `backbone` its backbone's sha256.
+    `recipe` is what the objective was built with; `state` is its whole state dict; `backbone` its backbone's sha256.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = {name: value.detach().cpu().contiguous() for name, value in state.items() if not name.startswith(_BACKBONE)}
@@ -47,7 +48,7 @@ def export_objective(
     weights = hash_file(folder / WEIGHTS)
     meta = {
         "format_version": FORMAT_VERSION,
-        "objective": {"name": config["name"], **objective_settings(config)[1]},
+        "objective": objective.config,
         "views": recipe.model_dump(mode="json"),
         "further_outputs": list(objective.further_outputs),
         "backbone": backbone,
@@ -86,6 +87,34 @@ def load_objective(folder: Path, backbone: Encoder | None = None) -> Objective:
     missing, unexpected = objective.load_state_dict(load_file(str(folder / WEIGHTS)), strict=False)
     assert not unexpected and all(name.startswith(_BACKBONE) for name in missing), (missing, unexpected)
     return objective.eval()
+
+
+@torch.no_grad()
+def load_heads(objective: Objective, run: Path) -> str | None:
+    """Gives the objective, or each of its parts, the heads that the same one was trained with in `run`.
+
+    The same is who has the same name and settings. Returns the sha256 of the export that heads were taken of, None
+    where there were none. What an objective sets itself before the first step comes after.
+    """
+    folder = run / "pretrain" / "objective"
+    if read_objective_meta(folder) is None:
+        return None
+    theirs, taken = load_objective(folder), False
+    for part in objective.parts:
+        own = part.own_parameters()
+        for other in theirs.parts:
+            there = other.own_parameters()
+            if part.config == other.config and _shapes(own) == _shapes(there):
+                for name, value in own.items():
+                    value.copy_(there[name])
+                taken = taken or bool(own)
+        if isinstance(part, TeacherObjective):
+            part.teacher.follow()
+    return read_json(folder / META)["sha256"] if taken else None
+
+
+def _shapes(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in parameters.items()}
 
 
 def copy_objective(source: Path, target: Path) -> None:

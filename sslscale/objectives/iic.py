@@ -20,12 +20,12 @@ from sslscale.config import AugmentConfig
 from sslscale.config.models import Positive
 from sslscale.models.image import Backbone
 from sslscale.objectives.base import full_precision, gathered, representation_metrics
-from sslscale.objectives.clustering import Clustering, NumClusters, safe_log, split_heads
+from sslscale.objectives.clustering import HeadInit, LinearHeads, NumClusters, safe_log, split_heads
 from sslscale.views.base import Batch
 from sslscale.views.crops import Crops
 
 
-class IIC(Clustering):
+class IIC(LinearHeads):
     """Clusters of two views that tell the most about each other."""
 
     needs_whole_batch: ClassVar[bool] = True
@@ -37,17 +37,14 @@ class IIC(Clustering):
         *,
         num_clusters: NumClusters,
         num_heads: Positive = 5,
+        init: HeadInit = "kmeans",
         over_clusters: Annotated[int, Field(ge=0)] = 0,
         entropy_weight: float = 1.0,
     ) -> None:
-        super().__init__(backbone, recipe, num_clusters)
-        self.num_heads, self.entropy_weight = num_heads, entropy_weight
-        self.head = nn.Linear(backbone.feature_dim, num_heads * num_clusters)
+        super().__init__(backbone, recipe, num_clusters, num_heads, init)
+        self.entropy_weight = entropy_weight
         self.over_head = nn.Linear(backbone.feature_dim, num_heads * over_clusters) if over_clusters else None
         self.views = Crops({"view_1": recipe, "view_2": recipe})
-
-    def log_probs(self, features: Tensor) -> Tensor:
-        return split_heads(self.head(features), self.num_heads)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         features = self.backbone(torch.cat([batch["view_1"], batch["view_2"]]))  # (2 B, D)

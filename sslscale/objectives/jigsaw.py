@@ -21,12 +21,12 @@ from torch import Tensor
 from sslscale.config import AugmentConfig
 from sslscale.models.heads import mlp
 from sslscale.models.image import Backbone
-from sslscale.objectives.base import Objective, classification_metrics, representation_metrics
+from sslscale.objectives.base import PatchObjective, classification_metrics, representation_metrics
 from sslscale.views.base import Batch
 from sslscale.views.pretext import ShuffledPatches
 
 
-class Jigsaw(Objective):
+class Jigsaw(PatchObjective):
     """Which permutation shuffled the patches of an image."""
 
     backbone: Backbone

@@ -16,14 +16,14 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslscale.config import AugmentConfig
 from sslscale.config.models import Fraction, Positive
 from sslscale.models.collectives import world_size
 from sslscale.models.image import Backbone
 from sslscale.objectives.base import full_precision, gathered, representation_metrics
-from sslscale.objectives.clustering import NeighbourClustering, NumClusters, safe_log, split_heads
+from sslscale.objectives.clustering import HeadInit, NeighbourClustering, NumClusters, safe_log
 from sslscale.views.base import Batch
 from sslscale.views.crops import Crops, still
 
@@ -41,21 +41,18 @@ class SCAN(NeighbourClustering):
         *,
         num_clusters: NumClusters,
         num_heads: Positive = 5,
+        init: HeadInit = "kmeans",
         num_neighbours: Positive = 20,
         entropy_weight: float = 5.0,
         refresh_epochs: float = 0.0,
         self_label_share: Fraction = 0.0,
         confidence: Fraction = 0.99,
     ) -> None:
-        super().__init__(backbone, recipe, num_clusters, num_neighbours, refresh_epochs)
-        self.num_heads, self.entropy_weight = num_heads, entropy_weight
+        super().__init__(backbone, recipe, num_clusters, num_heads, init, num_neighbours, refresh_epochs)
+        self.entropy_weight = entropy_weight
         self.self_label_share, self.confidence = self_label_share, confidence
-        self.head = nn.Linear(backbone.feature_dim, num_heads * num_clusters)
         self.register_buffer("progress", torch.zeros(()))
         self.views = Crops({"view": recipe, **({"still": still(recipe)} if self_label_share else {})})
-
-    def log_probs(self, features: Tensor) -> Tensor:
-        return split_heads(self.head(features), self.num_heads)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.partner is not None

@@ -13,22 +13,23 @@ Now and then labels are found anew, those that are the easiest to predict among 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslscale.config import AugmentConfig
 from sslscale.config.models import Positive
 from sslscale.models.collectives import gather_rows, rank
 from sslscale.models.image import Backbone
 from sslscale.objectives.base import Corpus, Moment, representation_metrics
-from sslscale.objectives.clustering import Clustering, NumClusters, split_heads
+from sslscale.objectives.clustering import HeadInit, LinearHeads, NumClusters
 from sslscale.objectives.transport import transport
 from sslscale.views.base import Batch
 from sslscale.views.crops import Crops
 
 
-class SeLa(Clustering):
+class SeLa(LinearHeads):
     """Labels of equal size that are the easiest to predict."""
 
     labels: Tensor  # int64 (N, H)
@@ -40,25 +41,22 @@ class SeLa(Clustering):
         *,
         num_clusters: NumClusters,
         num_heads: Positive = 5,
+        init: HeadInit = "kmeans",
         sharpness: float = 25.0,
         refresh_epochs: float = 1.0,
     ) -> None:
-        super().__init__(backbone, recipe, num_clusters)
-        self.num_heads, self.sharpness, self.refresh_epochs = num_heads, sharpness, refresh_epochs
-        self.head = nn.Linear(backbone.feature_dim, num_heads * num_clusters)
+        super().__init__(backbone, recipe, num_clusters, num_heads, init)
+        self.sharpness, self.refresh_epochs = sharpness, refresh_epochs
         self.register_buffer("labels", torch.zeros(0, num_heads, dtype=torch.int64), persistent=False)
         self.views = Crops({"view": recipe})
-
-    def log_probs(self, features: Tensor) -> Tensor:
-        return split_heads(self.head(features), self.num_heads)
 
     def prepares_at(self, moment: Moment) -> bool:
         return moment.every(self.refresh_epochs)
 
-    def prepare(self, corpus: Corpus, moment: Moment) -> None:
-        super().prepare(corpus, moment)
-        log_p = corpus.map(lambda images, _: self.log_probs(self.backbone(images)).movedim(0, 1))  # (n, H, K)
-        self.labels = corpus.by_id(sela_labels(log_p.movedim(1, 0), self.sharpness).T.contiguous())
+    @torch.no_grad()
+    def refresh(self, corpus: Corpus, features: Callable[[], Tensor]) -> None:
+        labels = sela_labels(self.log_probs(features()), self.sharpness)
+        self.labels = corpus.by_id(labels.T.contiguous())
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         features = self.backbone(batch["view"])

@@ -37,6 +37,11 @@ class Teacher:
         return self.network(images)
 
     @torch.no_grad()
+    def follow(self) -> None:
+        """Takes over the students' weights, where these were set before the first step."""
+        torch._foreach_copy_(list(self.network.parameters()), list(self.students.parameters()))
+
+    @torch.no_grad()
     def update(self, progress: float) -> None:
         """One step of the average, towards the students' master weights."""
         rate = (1.0 - self.momentum) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sslscale.config import AugmentConfig
 from sslscale.config.models import Fraction, Positive
 from sslscale.models.collectives import all_reduce_mean
 from sslscale.models.image import Backbone
-from sslscale.objectives.base import full_precision, representation_metrics
-from sslscale.objectives.clustering import NeighbourClustering, NumClusters, split_heads
+from sslscale.objectives.base import Corpus, Moment, full_precision, representation_metrics
+from sslscale.objectives.clustering import HeadInit, NeighbourClustering, NumClusters, safe_log, split_heads
 from sslscale.objectives.teacher import Teacher, TeacherObjective
 from sslscale.views.base import Batch
 from sslscale.views.crops import Crops
@@ -41,6 +41,7 @@ class TEMI(NeighbourClustering, TeacherObjective):
         *,
         num_clusters: NumClusters,
         num_heads: Positive = 16,
+        init: HeadInit = "kmeans",
         num_neighbours: Positive = 50,
         refresh_epochs: float = 0.0,
         beta: Fraction = 0.6,
@@ -48,26 +49,24 @@ class TEMI(NeighbourClustering, TeacherObjective):
         momentum: Fraction = 0.996,
         marginal_momentum: Fraction = 0.9,
     ) -> None:
-        super().__init__(backbone, recipe, num_clusters, num_neighbours, refresh_epochs)
-        self.num_heads, self.beta, self.temperature = num_heads, beta, temperature
-        self.marginal_momentum = marginal_momentum
-        self.head = nn.Linear(backbone.feature_dim, num_heads * num_clusters)
+        super().__init__(backbone, recipe, num_clusters, num_heads, init, num_neighbours, refresh_epochs, temperature)
+        self.beta, self.marginal_momentum = beta, marginal_momentum
         self.teacher = Teacher(self.backbone, self.head, momentum=momentum)
         self.register_buffer("log_marginal", torch.full((num_heads, num_clusters), -math.log(num_clusters)))
         self.views = Crops({"view": recipe})
         self._marginals: list[Tensor] = []  # (H, K) of each pass of the present step
 
-    def log_probs(self, features: Tensor) -> Tensor:
-        return self._split(self.head(features))
-
-    def _split(self, logits: Tensor) -> Tensor:
-        return split_heads(logits / self.temperature, self.num_heads)
+    def prepare(self, corpus: Corpus, moment: Moment) -> None:
+        super().prepare(corpus, moment)
+        if moment.step == 0:
+            self.teacher.follow()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.partner is not None
         images = torch.cat([batch["view"], batch.partner["view"]])
         features = self.backbone(images)
-        student, teacher = self.log_probs(features), self._split(self.teacher(images))  # (H, 2 B, K)
+        student = self.log_probs(features)  # (H, 2 B, K)
+        teacher = split_heads(self.teacher(images) / self.temperature, self.num_heads)
         self._marginals.append(teacher.exp().mean(dim=1))
         (s, s_other), (t, t_other) = student.chunk(2, dim=1), teacher.chunk(2, dim=1)
         losses = temi_losses(s, s_other, t, t_other, self.log_marginal, self.beta)
@@ -85,7 +84,7 @@ class TEMI(NeighbourClustering, TeacherObjective):
         marginal = self.log_marginal.exp()
         # a pass whose step was skipped counts too, but not what overflowed in it
         marginal = marginal.lerp(torch.where(mean.isfinite(), mean, marginal), 1.0 - self.marginal_momentum)
-        self.log_marginal.copy_(marginal.log())
+        self.log_marginal.copy_(safe_log(marginal))
         self._marginals.clear()
 
 

@@ -121,9 +121,7 @@ class Checkpoints:
         try:
             write_tensors(engine.objective.slow_state(), folder / "slow.pt")
             sha256 = export_backbone(backbone, weights, folder / "backbone", size=size)
-            export_objective(
-                engine.objective, config.objective, config.views, state, folder / "objective", backbone=sha256
-            )
+            export_objective(engine.objective, config.views, state, folder / "objective", backbone=sha256)
             _sync(folder / "backbone" / "backbone.safetensors")
             _sync(folder / "objective" / WEIGHTS)
         except Exception as error:  # the other ranks wait to hear of it

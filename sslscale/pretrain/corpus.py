@@ -70,21 +70,24 @@ class TrainingCorpus:
 
     @torch.no_grad()
     def settle(self, backbone: torch.nn.Module) -> None:
-        """Gives untrained weights the BatchNorm statistics that passes in evaluation mode go by: those of the samples.
+        """Gives the weights the BatchNorm statistics that passes in evaluation mode go by: those of the samples.
 
-        Every rank takes the same samples, so that the statistics do not depend on the number of ranks.
+        Every rank takes the same samples, so that the statistics do not depend on the number of ranks. Neither do they
+        depend on those before: doing it again changes nothing.
         """
-        training = backbone.training
+        if not backbone.training:  # a frozen one keeps its own
+            return
         backbone.eval()  # nothing is dropped meanwhile
         for module in backbone.modules():
             if isinstance(module, _BatchNorm):
-                module.train(training)
+                module.reset_running_stats()
+                module.train()
         for turn in range(_SETTLING):
             self._feed()
             inputs, read = self._load(turn % self._chunks)
             if read.any():
                 backbone(as_input(inputs[read].to(self._device)))
-        backbone.train(training)
+        backbone.train()
 
     @torch.no_grad()
     def map(self, function: Callable[[Tensor, KeyedRandom], Tensor]) -> Tensor:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sslscale import storage
 from sslscale.config import PretrainConfig, RunConfig
-from sslscale.errors import UserError, did_you_mean
+from sslscale.config.load import check_dataset
+from sslscale.errors import UserError
 from sslscale.objectives import objective_settings
 from sslscale.pretrain.launch import launch
 from sslscale.rundir import Metrics, RunDir
@@ -25,12 +26,7 @@ if TYPE_CHECKING:
 
 def dataset_shards(run: RunDir, config: RunConfig, dataset: str) -> ShardSet:
     """The shards of a dataset that the config names."""
-    if dataset not in config.datasets:
-        raise UserError(
-            f"the config names no dataset {dataset!r}{did_you_mean(dataset, config.datasets)}",
-            allowed=", ".join(config.datasets) or "none yet",
-            fix=f"add datasets.{dataset}=SHARDS",
-        )
+    check_dataset(config, dataset)
     return open_shards(config.datasets[dataset], cache=ShardCache.of(config), limit=config.limit)
 
 
@@ -40,6 +36,7 @@ def run_pretrain(
     """Trains, or goes on training, RUN/pretrain; `tools` as for `launch`. Returns its result.json."""
     if config.pretrain is None:
         raise UserError("the config has no pretrain section", fix="add one, or give embed.backbone a backbone/ folder")
+    check_settings(config)
     shards = dataset_shards(run, config, config.pretrain.dataset)
     if shards.num_samples < config.pretrain.num_streams:
         raise UserError(
@@ -52,7 +49,6 @@ def run_pretrain(
     if config.pretrain.held_out is not None:
         dataset_shards(run, config, config.pretrain.held_out)
     _, objective = objective_settings(config.pretrain.objective)
-    _check_views(config)
     settings = {**config.pretrain.identity(), "seed": config.seed}
     settings["objective"] = {"name": config.pretrain.objective["name"], **objective}
     parents = {"shards": shards.fingerprint, **_initial_weights(config.pretrain)}
@@ -66,15 +62,19 @@ def run_pretrain(
 
 
 def _initial_weights(config: PretrainConfig) -> dict[str, str]:
-    """The hash of the weights that training starts from, where there are any, after trying whether they fit."""
+    """The hashes of the weights that training starts from, where there are any, after trying whether they fit."""
     if config.init_from is None:
         return {}
     from sslscale.models.export import build_backbone
     from sslscale.models.initial import hash_weights, load_weights
+    from sslscale.objectives import build_objective
+    from sslscale.pretrain.loop import initial_heads
 
-    sha256 = hash_weights(config.init_from, config.backbone)
-    load_weights(build_backbone(config.backbone), config.init_from)
-    return {"init_from": sha256}
+    found = {"init_from": hash_weights(config.init_from, config.backbone)}
+    backbone = build_backbone(config.backbone)
+    load_weights(backbone, config.init_from)
+    heads = initial_heads(config, build_objective(config.objective, backbone, config.views))
+    return found if heads is None else {**found, "heads": heads}
 
 
 def fit_backbone(folder: Path, config: PretrainConfig, shards: ShardSet) -> None:
@@ -103,8 +103,11 @@ def _samples(shards: ShardSet, limit: int) -> Iterator[dict[str, Any]]:
     return (item.data for item in read if isinstance(item, Sample))
 
 
-def _check_views(config: RunConfig) -> None:
-    """Builds the objective once, on no data, so that what it refuses is refused before any rank starts."""
+def check_settings(config: RunConfig) -> int:
+    """UserError for what cannot be trained, whatever the data; returns the width of the backbone's features.
+
+    Builds the objective once, without memory, so that what it refuses is refused before any rank starts.
+    """
     import torch
 
     from sslscale.models.export import build_backbone
@@ -112,6 +115,10 @@ def _check_views(config: RunConfig) -> None:
     from sslscale.pretrain.engine import accumulation, whole_batch
 
     assert config.pretrain is not None
+    probed = [] if config.pretrain.probe is None else [config.pretrain.probe.dataset]
+    held_out = [] if config.pretrain.held_out is None else [config.pretrain.held_out]
+    for dataset in (config.pretrain.dataset, *probed, *held_out):
+        check_dataset(config, dataset)
     with torch.device("meta"):
         backbone = build_backbone(config.pretrain.backbone)
         if config.pretrain.activation_checkpointing:
@@ -125,6 +132,7 @@ def _check_views(config: RunConfig) -> None:
             got=f"pretrain.zero_stage={config.pretrain.zero_stage}, which leaves each rank a part of them",
             allowed=f"pretrain.zero_stage <= {objective.max_zero_stage}",
         )
+    return backbone.feature_dim
 
 
 def _follow(folder: Path, progress: Progress) -> Any:

@@ -129,6 +129,7 @@ def test_training_starts_from_given_weights_and_leaves_a_frozen_backbone_alone(p
     assert len({line["loss"] for line in lines(tmp_path / "frozen") if "loss" in line}) == 2
     parents = json.loads((tmp_path / "frozen" / "pretrain" / "stage.json").read_text())["parents"]
     assert len(parents["init_from"]) == 64
+    assert ("heads" in parents) == (source == "run")  # weights alone come without
 
 
 def test_weights_are_part_of_the_identity_by_their_hash(pretrain, tmp_path):

@@ -74,7 +74,7 @@ def test_an_objective_computes_with_the_backbone_that_embeds(tmp_path, shards):
     objective = build_objective(config, Backbone(BackboneConfig(architecture="resnet10t", channels=1)), recipe).eval()
     backbone = objective.backbone
     sha256 = export_backbone(backbone, backbone.model.state_dict(), tmp_path / "backbone", size=8)
-    export_objective(objective, config, recipe, objective.state_dict(), tmp_path / "objective", backbone=sha256)
+    export_objective(objective, recipe, objective.state_dict(), tmp_path / "objective", backbone=sha256)
     spec = find_embedder(str(tmp_path / "backbone"), tmp_path, channels=None, size=None)
 
     def worker(spec):

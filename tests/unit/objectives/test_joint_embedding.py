@@ -17,7 +17,7 @@ from sslscale.objectives.base import by_resolution, full_precision
 from sslscale.objectives.moco_v3 import contrast
 from sslscale.objectives.swav import sinkhorn
 from sslscale.objectives.teacher import Teacher
-from sslscale.pretrain.stage import _check_views
+from sslscale.pretrain.stage import check_settings
 from sslscale.views.base import Batch
 from sslscale.views.keyed import KeyedRandom
 
@@ -80,7 +80,7 @@ def test_objectives_with_a_teacher_are_refused_under_zero_3_before_anything_star
         pretrain = PretrainConfig(
             objective=objective, backbone=VIT, views=AugmentConfig(size=16), zero_stage=stage, num_workers=1
         )
-        _check_views(RunConfig(pretrain=pretrain))
+        check_settings(RunConfig(datasets={"train": "shards"}, pretrain=pretrain))
 
     check({"name": "byol", **SMALL}, 2)
     check({"name": "vicreg", **SMALL}, 3)

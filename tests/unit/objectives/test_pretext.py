@@ -10,6 +10,7 @@ from sslscale.config import AugmentConfig, BackboneConfig
 from sslscale.errors import UserError
 from sslscale.models.image import Backbone
 from sslscale.objectives import build_objective
+from sslscale.objectives.base import Moment
 from sslscale.objectives.colorization import grey
 from sslscale.objectives.inpainting import cell_mask
 from sslscale.objectives.jigsaw import distant_permutations
@@ -56,6 +57,22 @@ def test_shuffled_patches_lay_where_the_permutation_says():
         for patch, cell in zip(patches, orders[permutation], strict=True):
             corner = torch.tensor([cell // 3 * 6]), torch.tensor([cell % 3 * 6])
             torch.testing.assert_close(patch[None], crop_at(image[None], *corner, 6), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["jigsaw", "context_prediction"])
+def test_batch_norm_is_given_the_statistics_of_whole_images_in_the_end(name):
+    class Settles:
+        def settle(self, backbone):
+            settled.append(backbone)
+
+    settled = []
+    objective = build_objective({"name": name, "patch_size": 4, "gap": 0}, Backbone(RESNET), STILL)
+    for step in range(11):
+        moment = Moment(step, 3, 10)
+        if objective.prepares_at(moment):
+            objective.prepare(Settles(), moment)
+            assert step == 10
+    assert settled == [objective.backbone]
 
 
 def test_patches_that_do_not_fit_are_refused():

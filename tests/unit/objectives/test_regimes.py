@@ -6,26 +6,32 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
+from scipy.stats import dirichlet
+from sklearn.metrics import adjusted_rand_score
 
 from sslscale.config import AugmentConfig, BackboneConfig, CollapseConfig, load_config
+from sslscale.corpus import TOOLS
 from sslscale.errors import UserError
 from sslscale.models.export import export_backbone
 from sslscale.models.image import Backbone
 from sslscale.objectives import build_objective
 from sslscale.objectives.base import Moment
+from sslscale.objectives.clustering import nearest_centroid_logits
 from sslscale.objectives.csi import csi_score
 from sslscale.objectives.deep_svdd import sphere_centre, squared_distance
 from sslscale.objectives.experts import expert_losses, gaussian_nll, scored_losses
-from sslscale.objectives.export import export_objective, load_objective, read_objective_meta
+from sslscale.objectives.export import export_objective, load_heads, load_objective, read_objective_meta
 from sslscale.objectives.idec import cluster_loss, student_t, target_distribution
 from sslscale.objectives.iic import iic_losses
 from sslscale.objectives.scan import scan_losses, self_label_losses
 from sslscale.objectives.sela import label_losses, sela_labels
 from sslscale.objectives.subspace import principal_directions
 from sslscale.objectives.temi import temi_losses
+from sslscale.objectives.transform_likelihood import dirichlet_mle
 from sslscale.objectives.transport import transport
 from sslscale.pretrain.evaluate import warnings_of
-from sslscale.pretrain.stage import _check_views
+from sslscale.pretrain.stage import check_settings
 from sslscale.views.base import Batch
 from sslscale.views.keyed import KeyedRandom
 from sslscale.views.transforms import transform, transformations
@@ -248,6 +254,44 @@ def test_transformations_are_exact_flips_shifts_and_turns():
     assert len({tuple(image.flatten().mul(1e4).round().tolist()) for image in made}) == 72
 
 
+def test_the_dirichlet_that_fits_best_is_scipys(rng):
+    y = rng.dirichlet([0.3, 2.0, 5.0], size=400)
+    ours = dirichlet_mle(torch.tensor(np.log(y)))
+    theirs = minimize(lambda log_a: -dirichlet(np.exp(log_a)).logpdf(y.T).sum(), np.zeros(3), method="Nelder-Mead")
+    np.testing.assert_allclose(ours.numpy(), np.exp(theirs.x), rtol=1e-3)
+    sure = torch.tensor(rng.normal(size=(300, 4)) + np.array([60.0, 0, 0, 0])).log_softmax(
+        dim=1
+    )  # of a classifier that is right
+    assert dirichlet_mle(sure).isfinite().all()
+    assert dirichlet_mle(torch.full((9, 4), 0.25).log()).isfinite().all()  # no spread at all
+
+
+def test_the_score_of_transformations(rng):
+    torch.manual_seed(0)
+    objective = build_objective(
+        {"name": "transform_likelihood", "flip": False, "shift": 0.0, "copies": 2}, Backbone(RESNET), RECIPE
+    )
+    images = torch.rand(50, 1, 16, 16)
+    objective.eval()
+    with torch.no_grad():
+        turned = [torch.rot90(images, k, dims=(2, 3)) for k in range(4)]
+        y = [objective.head(objective.backbone(view)).softmax(dim=1).double().numpy() for view in turned]
+        simplified = -np.mean([np.log(y[t][:, t]) for t in range(4)], axis=0)
+        np.testing.assert_allclose(objective.outputs(images)["score"].numpy(), simplified, atol=1e-5)
+
+        class Images:
+            def map(self, function):
+                return function(images, None)
+
+        objective.prepare(Images(), Moment(10, 5, 10))
+        expected = np.zeros(50)
+        for own in y:
+            alpha = dirichlet_mle(torch.tensor(own).log()).numpy()
+            expected -= dirichlet(alpha).logpdf((own / own.sum(axis=1, keepdims=True)).T)
+        ours = objective.outputs(images)["score"].numpy()
+        np.testing.assert_allclose(ours - ours.mean(), expected - expected.mean(), rtol=1e-3, atol=1e-2)
+
+
 def test_principal_directions_are_scaled_to_unit_variance_and_survive_constant_features(rng):
     x = torch.tensor(rng.normal(size=(200, D)) @ rng.normal(size=(D, D)))
     mean, directions = principal_directions(x, 3)
@@ -275,6 +319,68 @@ def test_moments():
     assert [step for step in range(21) if Moment(step, 5, 20).every(0)] == [0]
 
 
+@pytest.mark.parametrize(("last_step", "last_refresh"), [(704, 468), (821, 702)])
+def test_nothing_is_prepared_for_a_few_last_steps(last_step, last_refresh):
+    due = [step for step in range(last_step + 1) if Moment(step, 234, last_step).every(1)]
+    assert due == list(range(0, last_refresh + 1, 234))
+
+
+RESNET8 = BackboneConfig(architecture="resnet18", kwargs={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]})
+
+
+class Rows:
+    """A corpus of which all that is asked is the features."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self.features, self.num_samples = features, len(features)
+
+    def map(self, function):
+        return self.features
+
+    def by_id(self, values):
+        return values
+
+    def neighbours(self, features, k):
+        return torch.from_numpy(TOOLS.neighbours(features.numpy(), slice(0, len(features)), k))
+
+    def centroids(self, features, num_clusters, seed=0):
+        return torch.from_numpy(TOOLS.centroids(features.numpy(), num_clusters, seed, 1))
+
+
+@pytest.mark.parametrize("name", ["scan", "temi", "sela", "iic"])
+def test_heads_begin_at_the_clusters_of_the_features(rng, name):
+    backbone = Backbone(RESNET8)
+    truth = rng.integers(0, K, 200)
+    far = rng.normal(size=(K, 8)) * 3 + 100  # far from the origin: what all have in common must cancel
+    features = torch.tensor(far[truth] + rng.normal(size=(200, 8)) * 0.3, dtype=torch.float32)
+    objective = build_objective({"name": name, "num_clusters": K, "num_heads": 2}, backbone, AugmentConfig(size=8))
+    objective.prepare(Rows(features), Moment(0, 10, 10))
+    probs = objective.log_probs(features).exp()
+    for head in probs.argmax(dim=2):
+        assert adjusted_rand_score(truth, head.numpy()) == 1.0
+    squared = torch.cdist(features, torch.stack([features[truth == k].mean(dim=0) for k in range(K)])).square()
+    expected = (-squared / squared.amin(dim=1).mean()).softmax(dim=1)
+    ours = probs[0].sort(dim=1).values
+    torch.testing.assert_close(ours, expected.sort(dim=1).values, rtol=0, atol=1e-2)
+    if name == "temi":
+        for ours, student in zip(
+            objective.teacher.network.parameters(), objective.teacher.students.parameters(), strict=True
+        ):
+            assert torch.equal(ours, student)
+
+
+def test_heads_of_equal_features_are_finite_and_random_ones_ask_for_no_features():
+    backbone = Backbone(RESNET8)
+    weight, bias = nearest_centroid_logits(torch.ones(20, 8), torch.ones(K, 8))
+    assert weight.isfinite().all() and bias.isfinite().all()
+    iic = build_objective({"name": "iic", "num_clusters": K, "init": "random"}, backbone, AugmentConfig(size=8))
+    before = iic.head.weight.clone()
+    corpus = Rows(torch.ones(20, 8))
+    corpus.map = None  # not to be called
+    iic.prepare(corpus, Moment(0, 10, 10))
+    assert torch.equal(iic.head.weight, before)
+
+
 def test_deep_svdd_trains_no_bias():
     objective = build_objective({"name": "deep_svdd"}, Backbone(RESNET), RECIPE)
     trained = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
@@ -289,7 +395,7 @@ def test_an_exported_objective_gives_the_same_outputs(tmp_path):
     state, images = objective.state_dict(), torch.rand(6, 1, 16, 16)
     model = {name.removeprefix("backbone.model."): value for name, value in state.items() if "backbone." in name}
     sha256 = export_backbone(objective.backbone, model, tmp_path / "backbone", size=16)
-    export_objective(objective, config, RECIPE, state, tmp_path / "objective", backbone=sha256)
+    export_objective(objective, RECIPE, state, tmp_path / "objective", backbone=sha256)
     assert read_objective_meta(tmp_path / "objective")["further_outputs"] == ["score", "cluster_probs"]
     ours, theirs = objective.outputs(images), load_objective(tmp_path / "objective").outputs(images)
     assert ours.keys() == theirs.keys() == {"features", "score", "cluster_probs"}
@@ -299,6 +405,28 @@ def test_an_exported_objective_gives_the_same_outputs(tmp_path):
     export_backbone(other, other.model.state_dict(), tmp_path / "backbone", size=16)
     with pytest.raises(UserError, match="belongs to other weights"):
         read_objective_meta(tmp_path / "objective")
+
+
+def test_the_same_objective_goes_on_with_its_heads_alone_or_beside_others(tmp_path):
+    def build(*objectives):
+        terms = {"name": "joint", "terms": [{"objective": objective} for objective in objectives]}
+        return build_objective(terms if len(objectives) > 1 else objectives[0], Backbone(RESNET), RECIPE)
+
+    byol, rotation = {"name": "byol", "hidden_dim": 16, "output_dim": 8}, {"name": "rotation"}
+    trained = build(byol)
+    weights = {name: value.clone() for name, value in trained.own_parameters().items()}
+    assert weights and not any("backbone" in name for name in weights)
+    pretrain = tmp_path / "pretrain"
+    sha256 = export_backbone(trained.backbone, trained.backbone.model.state_dict(), pretrain / "backbone", size=16)
+    export_objective(trained, RECIPE, trained.state_dict(), pretrain / "objective", backbone=sha256)
+    both, other = build(rotation, byol), build({**byol, "output_dim": 4})
+    assert load_heads(both, tmp_path) == read_objective_meta(pretrain / "objective")["sha256"]
+    assert all(torch.equal(value, weights[name]) for name, value in both.parts[1].own_parameters().items())
+    teacher = both.parts[1].teacher
+    for mine, student in zip(teacher.network.parameters(), teacher.students.parameters(), strict=True):
+        assert torch.equal(mine, student)
+    assert load_heads(other, tmp_path) is None and load_heads(build(rotation), tmp_path) is None
+    assert load_heads(both, tmp_path / "elsewhere") is None
 
 
 @pytest.mark.parametrize(
@@ -323,7 +451,7 @@ def test_wrong_settings_are_refused(config, message):
 def test_the_recipes_build_what_they_name(path):
     config = load_config(str(path))
     assert config.run.endswith("/".join(path.with_suffix("").parts[-3:]))
-    _check_views(config)
+    check_settings(config)
 
 
 def test_joint_weighs_its_terms_by_their_schedules():
