@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import traceback
 from contextlib import ExitStack, closing
@@ -11,8 +12,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslscale import __version__, storage
+from sslscale import __version__
 from sslscale.errors import EXIT_FAILED, EXIT_SIGINT, Interrupted, UserError
+from sslscale.options import (
+    WORKERS,
+    Address,
+    ConfigFile,
+    Json,
+    Limit,
+    Name,
+    Overrides,
+    RunPath,
+    RuntimeKind,
+    Verbose,
+    WorkRuntime,
+    config_of,
+    refuse,
+    runtime_of,
+    with_options,
+)
+from sslscale.rundir import MAIN
 
 if TYPE_CHECKING:
     from sslscale.config import RunConfig
@@ -25,82 +44,53 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings that override the config")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("-c", "--config", help="YAML file; default: the run directory's own config.yaml")
-]
-RunPath = Annotated[str | None, typer.Option("--run", help="run directory: a path or a URL")]
-RuntimeName = Annotated[str | None, typer.Option("--runtime", help="local or ray")]
-Address = Annotated[str | None, typer.Option(help="address of a Ray cluster; none starts one on this machine")]
-Name = Annotated[str, typer.Option(help="name of the answer, so that one run can hold several")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what was made with other settings")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and the stages, and start nothing")]
-Limit = Annotated[int | None, typer.Option(min=1, help="use at most so many samples of a dataset")]
-Json = Annotated[bool, typer.Option("--json", help="the result as one JSON object on the last line of stdout")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="tracebacks, and the workers' own output")]
 
-
-def _config(
-    path: Path | None,
-    run: str | None,
-    runtime: str | None,
-    address: str | None,
-    limit: int | None,
-    overrides: list[str] | None,
-) -> RunConfig:
-    from sslscale.config import load_config
-
-    if path is None and run is not None:
-        own = storage.bring(storage.local_path(run) / "config.yaml")
-        path = own if own.is_file() else None
-    flags = {"run": run, "runtime.name": runtime, "runtime.address": address, "limit": limit}
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return load_config(None if path is None else str(path), [*(overrides or []), *given])
-
-
-def _stage_command(verb: str, help: str) -> None:
-    """Adds the verb of one stage, or `run` for all of them."""
+def _stage_command(verb: str, help: str, options: tuple[str, ...]) -> None:
+    """Adds the verb of one stage, or `run` for all of them, with these options beside those of every verb."""
 
     def command(
-        overrides: Overrides = None,
-        config: ConfigFile = None,
-        run: RunPath = None,
-        runtime: RuntimeName = None,
-        address: Address = None,
-        name: Name = "main",
-        overwrite: Overwrite = False,
-        dry_run: DryRun = False,
-        limit: Limit = None,
-        as_json: Json = False,
-        verbose: Verbose = False,
+        overrides: list[str] | None,
+        config: Path | None,
+        run: str | None,
+        dry_run: bool,
+        as_json: bool,
+        verbose: bool,
+        name: str = MAIN,
+        overwrite: bool = False,
+        **flags: Any,
     ) -> None:
-        from sslscale.pipeline import planned_stages, run_stages
+        from sslscale.pipeline import planned_stages, preflight, run_stages
 
-        settings = _config(config, run, runtime, address, limit, overrides)
+        settings = config_of(config, run, overrides, **flags)
         stages = planned_stages(settings) if verb == "run" else [verb]
         if dry_run:
-            _show_plan(settings, stages)
+            preflight(stages, settings, name)
+            _show_plan(settings, stages, as_json)
             return
         results = run_stages(
-            stages, settings, name=name, overwrite=overwrite, command=" ".join(sys.argv[1:]), verbose=verbose
+            stages, settings, name=name, overwrite=overwrite, command=shlex.join(sys.argv[1:]), verbose=verbose
         )
         _show(verb, settings, results, as_json)
 
-    app.command(verb, help=help)(command)
+    app.command(verb, help=help)(with_options(command, options))
 
 
-_stage_command("pack", "Write a source's samples into tar shards.")
-_stage_command("dedup", "Find samples that are duplicates, and list the shards without them.")
-_stage_command("pretrain", "Train a backbone by self-supervision.")
-_stage_command("embed", "Run a backbone over shards, into feature parts.")
-_stage_command("index", "Build a FAISS index over the features.")
-_stage_command("cluster", "Cluster the features.")
-_stage_command("anomaly", "Score every sample by its distance to its nearest neighbours.")
-_stage_command("reduce", "Measure what compression keeps of the features, and map them in two dimensions.")
-_stage_command("report", "Write the report of a run, one HTML file.")
-_stage_command("run", "All stages that the config has a section for, in order.")
+_stage_command("pack", "Write a source's samples into tar shards.", ("overwrite",))
+_stage_command(
+    "dedup", "Find samples that are duplicates, and list the shards without them.", (*WORKERS, "name", "limit")
+)
+_stage_command("pretrain", "Train a backbone by self-supervision.", (*WORKERS, "limit"))
+_stage_command("embed", "Run a backbone over shards, into feature parts.", (*WORKERS, "limit"))
+_stage_command("index", "Build a FAISS index over the features.", (*WORKERS, "name"))
+_stage_command("cluster", "Cluster the features.", (*WORKERS, "name"))
+_stage_command("anomaly", "Score every sample by its distance to its nearest neighbours.", (*WORKERS, "name"))
+_stage_command(
+    "reduce",
+    "Measure what compression keeps of the features, and map them in two dimensions.",
+    ("overwrite", "name"),
+)
+_stage_command("report", "Write the report of a run, one HTML file.", ("name",))
+_stage_command("run", "All stages that the config has a section for, in order.", (*WORKERS, "name", "limit"))
 
 
 @app.command()
@@ -113,23 +103,28 @@ def search(
     k: Annotated[int, typer.Option(min=1, help="how many")] = 10,
     where: Annotated[str | None, typer.Option(help="filter, such as \"split = 'train' and label >= 3\"")] = None,
     dataset: Annotated[str | None, typer.Option(help="dataset of the key, where several have it")] = None,
-    runtime: Annotated[str, typer.Option("--runtime", help="local or ray, for --queries")] = "local",
+    runtime: Annotated[RuntimeKind | None, typer.Option("--runtime", help="where --queries are embedded")] = None,
     address: Address = None,
-    workers: Annotated[int, typer.Option(min=1, help="that embed --queries")] = 1,
-    name: Name = "main",
+    workers: Annotated[int | None, typer.Option(min=1, help="that embed --queries")] = None,
+    name: Name = MAIN,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """The samples nearest to one that was embedded, to an image, to vectors, or to each sample of some shards."""
     from sslscale.index.query import run_search, search_shards
     from sslscale.rundir import RunDir
-    from sslscale.runtime.base import make_runtime
 
+    if queries is not None:
+        refuse("a search without --queries", key=key, query=query, dataset=dataset)
+    else:
+        refuse("--queries", output=output, runtime=runtime and runtime.value, address=address, workers=workers)
+        if key is None:
+            refuse("--key", dataset=dataset)
     held = RunDir.reading(run)
     if queries is not None:
-        with closing(make_runtime(runtime, address=address, verbose=verbose)) as pools:
+        with closing(runtime_of(runtime, address, verbose)) as pools:
             found = search_shards(
-                held, pools, queries=queries, output=output, k=k, where=where, name=name, workers=workers
+                held, pools, queries=queries, output=output, k=k, where=where, name=name, workers=workers or 1
             )
         _print_json(found)
         return
@@ -146,7 +141,7 @@ def delete(
     run: Annotated[str, typer.Argument(help="run directory: a path or a URL")],
     keys: Annotated[Path, typer.Option(help="file of the samples' keys, one a line", exists=True, dir_okay=False)],
     dataset: Annotated[str | None, typer.Option(help="dataset of the keys, where several have them")] = None,
-    name: Name = "main",
+    name: Name = MAIN,
     verbose: Verbose = False,
 ) -> None:
     """Take samples out of an index: no search returns them any more. `compact` frees their space."""
@@ -161,19 +156,18 @@ def delete(
 @app.command()
 def compact(
     run: Annotated[str, typer.Argument(help="run directory: a path or a URL")],
-    runtime: Annotated[str, typer.Option("--runtime", help="local or ray")] = "local",
+    runtime: WorkRuntime = None,
     address: Address = None,
     workers: Annotated[int, typer.Option(min=1)] = 1,
-    name: Name = "main",
+    name: Name = MAIN,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Build an index again without what was deleted from it."""
     from sslscale.index.build import compact_index
     from sslscale.rundir import RunDir
-    from sslscale.runtime.base import make_runtime
 
-    with RunDir(run) as held, closing(make_runtime(runtime, address=address, verbose=verbose)) as pools:
+    with RunDir(run) as held, closing(runtime_of(runtime, address, verbose)) as pools:
         result = compact_index(held, pools, name=name, workers=workers)
     typer.echo(json.dumps(result) if as_json else f"{result['num_vectors']:,} vectors, {result['bytes']:,} bytes")
 
@@ -205,7 +199,7 @@ def plan(
 
     from sslscale.plan.model import Machine
 
-    settings = _config(config, run, None, None, limit, overrides)
+    settings = config_of(config, run, overrides, limit=limit)
     machine = Machine(ranks_per_node, link * 1e9, network * 1e9, store * 1e9)
     if vectors is not None:
         from sslscale.plan.clustering import clustering_lines, run_clustering_plan
@@ -214,8 +208,10 @@ def plan(
         result = run_clustering_plan(settings, vectors, machine, **rates)
         lines = clustering_lines(result)
     else:
+        from sslscale.pipeline import preflight
         from sslscale.plan.stage import plan_lines, run_plan
 
+        preflight(["pretrain"], settings)
         found = run_plan(settings, machine, ranks=gpus)
         result, lines = asdict(found), plan_lines(found)
     if as_json:
@@ -289,19 +285,22 @@ def features_export(
     format: Annotated[str, typer.Option(help="parquet, npy, lance or viewer")],
     output: Annotated[Path, typer.Option(help="folder of the files")],
     dataset: Annotated[str | None, typer.Option(help="one dataset; none: all")] = None,
-    runtime: Annotated[str, typer.Option("--runtime", help="local or ray, for a viewer's neighbours")] = "local",
+    runtime: Annotated[
+        RuntimeKind | None, typer.Option("--runtime", help="where a viewer's neighbours are found")
+    ] = None,
     address: Address = None,
     verbose: Verbose = False,
 ) -> None:
     """Write the features as Parquet, npy or Lance, or with the neighbours that an embedding viewer reads."""
     from sslscale.index.export import export_features
     from sslscale.rundir import RunDir
-    from sslscale.runtime.base import make_runtime
 
+    if format != "viewer":
+        refuse("--format viewer", runtime=runtime and runtime.value, address=address)
     with ExitStack() as stack:
         # Only a viewer writes into the run: its neighbours.
         held = stack.enter_context(RunDir(run)) if format == "viewer" else RunDir.reading(run)
-        workers = stack.enter_context(closing(make_runtime(runtime, address=address, verbose=verbose)))
+        workers = stack.enter_context(closing(runtime_of(runtime, address, verbose)))
         for path in export_features(held, workers, format=format, output=output, dataset=dataset):
             typer.echo(path)
 
@@ -317,7 +316,7 @@ def doctor(
     """Check this machine: packages, devices, disk, and a config's data where one is given."""
     from sslscale.doctor import run_doctor
 
-    checks = run_doctor(_config(config, run, None, None, None, overrides))
+    checks = run_doctor(config_of(config, run, overrides))
     if as_json:
         _print_json([vars(check) for check in checks])
     else:
@@ -336,9 +335,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-def _show_plan(config: RunConfig, stages: list[str]) -> None:
+def _show_plan(config: RunConfig, stages: list[str], as_json: bool) -> None:
     from sslscale.config import dump_config
 
+    if as_json:
+        _print_json({"config": config.model_dump(mode="json"), "stages": stages})
+        return
     typer.echo(dump_config(config), nl=False)
     typer.echo(f"# stages: {' -> '.join(stages)}")
 

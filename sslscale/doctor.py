@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,15 @@ from typing import Any, Literal
 from sslscale import storage
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
-from sslscale.runtime.address import unreachable
+from sslscale.runtime.address import cluster_address, unreachable
 
 _IMPORT_SECONDS = 180
 _GIGABYTE = 2**30
 _SHM_GIGABYTES = 2
 _DISK_GIGABYTES = 10
 _TOKEN_FIX = (
-    "with token authentication (Ray's own default for `ray start --head`): RAY_AUTH_MODE=token and the cluster's token "
-    "in ~/.ray/auth_token"
+    "where the head was started with a token (`ray start --head` takes the one that it finds): set RAY_AUTH_MODE=token "
+    "and put the head's token in ~/.ray/auth_token"
 )
 
 
@@ -49,8 +50,8 @@ def run_doctor(config: RunConfig | None = None) -> list[Check]:
     if config is not None:
         folder = storage.local_path(config.run)
         checks += [_disk(folder), _writable(folder), *(_dataset(config, name) for name in config.datasets)]
-        address = config.runtime.address or os.environ.get("RAY_ADDRESS")
-        if config.runtime.name == "ray" and address:
+        address = cluster_address(config.runtime.address)
+        if config.runtime.name == "ray" and address is not None:
             checks.append(_cluster(address))
     return checks
 
@@ -113,7 +114,7 @@ def _faiss_build() -> Check:
     builds = sorted(
         f"{name} {distribution.version}"
         for distribution in importlib.metadata.distributions()
-        if (name := distribution.metadata["Name"].lower().replace("_", "-")).startswith(("faiss-cpu", "faiss-gpu"))
+        if (name := _name(distribution)).startswith(("faiss-cpu", "faiss-gpu"))
     )
     if len(builds) > 1:
         names = " ".join(build.split()[0] for build in builds)
@@ -125,6 +126,11 @@ def _faiss_build() -> Check:
         fix = "pip install 'sslscale[cpu]', or 'sslscale[gpu]' with CUDA"
         return Check("faiss", "fail", f"cannot be imported: {answer}", fix)
     return Check("faiss", "ok", builds[0] if builds else f"{answer['version']}, not installed by pip")
+
+
+def _name(distribution: importlib.metadata.Distribution) -> str:
+    """As pip shows it; empty where an uninstall has left a folder without METADATA."""
+    return (distribution.metadata["Name"] or "").lower().replace("_", "-")
 
 
 def _shared_memory(path: str = "/dev/shm") -> Check:
@@ -148,16 +154,24 @@ def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(_existing(folder)).free / _GIGABYTE
     if free >= _DISK_GIGABYTES:
         return Check("disk", "ok", f"{free:.0f} GB free for {folder}")
-    return Check("disk", "warn", f"{free:.1f} GB free for {folder}", "free some space, or give another --run")
+    other = "give another --run" if storage.remote_url(folder) is None else "set TMPDIR: this is a working copy"
+    return Check("disk", "warn", f"{free:.1f} GB free for {folder}", f"free some space, or {other}")
 
 
 def _writable(folder: Path) -> Check:
+    """Makes a file there and deletes it: nothing stays, neither a folder nor, in a store, an object."""
+    row, location = "run directory", storage.shown(folder)
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
-            pass
-    except OSError as error:
-        return Check("run directory", "fail", f"{folder}: {error.strerror}", "give another --run")
-    return Check("run directory", "ok", f"{folder} can be written")
+        if storage.remote_url(folder) is None:
+            with tempfile.TemporaryFile(dir=_existing(folder)):
+                pass
+        else:
+            probe = folder / f".doctor-{uuid.uuid4().hex}"
+            storage.create(probe, b"")
+            storage.remove(probe)
+    except Exception as error:
+        return _refused(row, location, error, "give another --run, or the store's credentials")
+    return Check(row, "ok", f"{location} can be written")
 
 
 def _existing(folder: Path) -> Path:
@@ -172,21 +186,35 @@ def _dataset(config: RunConfig, name: str) -> Check:
     from sslscale.shards.stream import Failure, read_spans
 
     row, location = f"dataset {name}", config.datasets[name]
-    if config.pack is not None and location.startswith(config.pack.output) and not Path(location).exists():
-        return Check(row, "warn", f"{location} is not packed yet", "sslscale pack, or sslscale run, makes it")
     try:
+        if _to_be_packed(config, location):
+            return Check(row, "warn", f"{location} is not packed yet", "sslscale pack, or sslscale run, makes it")
         with tempfile.TemporaryDirectory() as cache:
             shards = open_shards(location, ShardCache(Path(cache), 0))
             first = next(iter(read_spans(shards, [Span(0, 0, 1)])))
-    except UserError as error:
-        return Check(row, "fail", f"{error.what}: {error.got}", error.fix or "check datasets in the config")
-    except OSError as error:
-        return Check(row, "fail", f"{location}: {error}", "check the location and its credentials")
+    except Exception as error:
+        return _refused(row, location, error, "check the location and its credentials")
     if isinstance(first, Failure):
         return Check(
             row, "fail", f"{location}: {first.key}: {first.reason}", "make the shards again, or leave this out"
         )
     return Check(row, "ok", f"{location}: {len(shards.shards):,} shards, {shards.num_samples:,} samples")
+
+
+def _to_be_packed(config: RunConfig, location: str) -> bool:
+    """Whether a dataset is what `pack` makes, and has not made to its end."""
+    if config.pack is None:
+        return False
+    output = storage.local_path(config.pack.output)
+    return storage.local_path(location).is_relative_to(output) and storage.size(output / "pack.json") is None
+
+
+def _refused(row: str, location: str, error: Exception, fix: str) -> Check:
+    """For any error: each store has its own for credentials that are missing or wrong, and none ends the doctor."""
+    if isinstance(error, UserError):
+        return Check(row, "fail", f"{error.what}: {error.got}", error.fix or fix)
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return Check(row, "fail", f"{location}: {reason[0]}", fix)
 
 
 _JOIN = """

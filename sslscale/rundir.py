@@ -3,7 +3,8 @@
 RUN/manifest.json                   who made it: command, versions, hardware, seeds, what each stage counted
 RUN/config.yaml                     resolved
 RUN/.lease/<number>                 the process that holds the directory, with a heartbeat; the highest number counts
-RUN/<kind>[/<name>]/stage.json      the stage's identity: its settings and its parents; written first
+RUN/<kind>[/<name>]/stage.json      the stage's identity, its settings and its parents, and the command that began it;
+                                    written first
 RUN/<kind>[/<name>]/done/<part>     a marker per finished part (its content is the part's own result)
 RUN/<kind>[/<name>]/failed/<part>.jsonl   what was lost, with the key and the reason
 RUN/<kind>[/<name>]/result.json     written last: whatever has none is not done
@@ -17,6 +18,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +31,11 @@ from sslscale.lease import Lease
 from sslscale.storage import write_atomic
 
 FORMAT_VERSION = 1
+NAMED = ("dedup", "index", "cluster", "anomaly", "reduce")
+"""Stages of which a run may hold several, each under a name of its own."""
+MAIN = "main"
+"""The name of an answer that is given none."""
+_OTHER_PLACE = {".pack": "another pack.output", **dict.fromkeys(("pretrain", "embed", "projection"), "another --run")}
 _PUBLISH_SECONDS = 15.0
 _PUBLISH_BYTES_A_SECOND = 1e6
 
@@ -76,6 +83,18 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = item
     return flat
+
+
+def check_name(name: str) -> str:
+    """`name`, of an answer; UserError where it could not be the name of one folder that `status` finds."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
+        raise UserError(
+            "this cannot be the name of an answer",
+            got=repr(name),
+            allowed="letters, digits, '.', '_' and '-', of which '.' is not the first",
+            fix="give --name another",
+        )
+    return name
 
 
 # ------------------------------------------------------------------ a stage
@@ -188,13 +207,17 @@ class Metrics:
 class RunDir:
     """A run directory, held by this process while it is open (`with RunDir(path) as run`).
 
-    `location` is a path or an fsspec URL; `path` is where it is worked on.
+    `location` is a path or an fsspec URL; `path` is where it is worked on. What begins in a run that is `part_of`
+    another begins in that one too.
     """
 
-    def __init__(self, location: str | Path) -> None:
+    def __init__(self, location: str | Path, part_of: RunDir | None = None) -> None:
         self.path = storage.local_path(location)
-        self.on_start: Callable[[], None] = lambda: None
-        """Called when a stage is accepted that is not done: from then on this command changes the run."""
+        self.on_start: Callable[[], Mapping[str, Any]] = part_of.on_start if part_of else dict
+        """Called when a stage is accepted that is not done: from then on this command changes the run.
+
+        What it returns, such as the command, is kept in the stage.json of a stage that is new.
+        """
         self._lease: Lease | None = None
 
     @classmethod
@@ -225,6 +248,19 @@ class RunDir:
     def stage_path(self, kind: str, name: str | None = None) -> Path:
         return self.path / kind / name if name else self.path / kind
 
+    def stages(self) -> list[Path]:
+        """The folder of every stage that was begun, in this run and in the runs inside it, in no order."""
+        roots = [self.path, self.path / "thumbnails", *self.path.glob("baselines/*")]
+        records = [file for root in roots for depth in ("*", "*/*") for file in root.glob(f"{depth}/stage.json")]
+        folders = [file.parent for file in records]  # without what is being thrown away
+        return [one for one in folders if not any(part.startswith(".") for part in one.relative_to(self.path).parts)]
+
+    def answers(self) -> set[str]:
+        """The names of finished answers; main too where training or embedding, which have no name, were begun."""
+        kinds = {one: one.relative_to(self.path).parts[0] for one in self.stages()}
+        named = {one.name for one, kind in kinds.items() if kind in NAMED and (one / "result.json").is_file()}
+        return named | {MAIN} if set(kinds.values()) - set(NAMED) else named
+
     def open_stage(
         self,
         kind: str,
@@ -253,10 +289,10 @@ class RunDir:
         if _holds_other_things(stage.path) and not overwrite:
             raise UserError(
                 f"{storage.shown(stage.path)} holds something else than a stage",
-                fix="--overwrite throws it away, or choose another --run or --name",
+                fix=f"--overwrite throws it away, or choose {_other_place(kind)}",
             )
         discard(stage.path)
-        self.on_start()
+        begun_by = self.on_start()
         write_json(
             record,
             {
@@ -264,6 +300,7 @@ class RunDir:
                 "identity": stage.identity,
                 "settings": stage.settings,
                 "parents": stage.parents,
+                **begun_by,
             },
         )
         return stage
@@ -294,6 +331,11 @@ def _holds_other_things(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()))
 
 
+def _other_place(kind: str) -> str:
+    """Where a stage could lie beside one of the same kind."""
+    return _OTHER_PLACE.get(kind, "another --name or --run")
+
+
 def _other_identity(stage: Stage, known: Mapping[str, Any]) -> UserError:
     before = flatten({"settings": known["settings"], "parents": known["parents"]})
     after = flatten({"settings": stage.settings, "parents": stage.parents})
@@ -305,5 +347,5 @@ def _other_identity(stage: Stage, known: Mapping[str, Any]) -> UserError:
     return UserError(
         f"{storage.shown(stage.path)} was made with other settings",
         got="; ".join(changed),
-        fix="--overwrite replaces it (and what was made from it), or another --name or --run keeps both",
+        fix=f"--overwrite replaces it (and what was made from it), or {_other_place(stage.kind)} keeps both",
     )

@@ -9,36 +9,33 @@ The path of a working copy says which URL it is of, so it also does in a process
 A file is published when it is renamed into place. A marker is written after what it stands for, so it is uploaded after
 it, too: no order has to be kept twice. A file of the working copy is the remote's when it has its size and its time
 (rsync's rule); each process asks once a file. For a path that is of no URL, every function here does what its name
-says to the local file, or nothing.
-
-Requests that fail by the store or the network are sent again, with growing pauses, and counted.
+says to the local file, or nothing. Every request goes through `retrying`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
 import os
-import random
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from sslscale.errors import StageError, UserError, missing_package
+from sslscale.retry import count_retries as count_retries
+from sslscale.retry import retries as retries
+from sslscale.retry import retrying as retrying
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-PATIENCE_SECONDS = 120.0  # a request is given up after failing for so long
-_ARRIVING_SECONDS = 3600.0  # after which a copy that does not grow is a dead process's
+ARRIVING_SECONDS = 3600.0  # after which a copy that does not grow is a dead process's
 CHUNK_BYTES = 32 * 2**20  # what a broken connection costs at most
 _MARK = "sslscale-remote"
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 10.0
 
 # What grows with the data is brought when it is read; what is of this machine, or of Ray, is never copied.
 _LAZY_NAMES = ("part-*.npy", "part-*.parquet", "ids.npy", "rows*.npy", "shard-*.npy", "*.tar", "*.faiss")
@@ -50,21 +47,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
 }
 _EXTRAS = {"s3": "s3"}
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_FINAL_NUMBERS = (errno.EINVAL, errno.ENOSYS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.EROFS)
-_CONNECTION_ERRORS = (
-    ("aiohttp", "ClientError"),
-    ("botocore.exceptions", "HTTPClientError"),
-    ("botocore.exceptions", "IncompleteReadError"),
-    ("botocore.parsers", "ResponseParserError"),
-)
-
-Result = TypeVar("Result")
 
 _known: dict[Path, int] = {}  # files that this process has compared with the remote -> their time then
 _polled: dict[Path, float] = {}
-_count = 0
-_count_lock = threading.Lock()
 
 
 # ------------------------------------------------------------------ paths and filesystems
@@ -109,74 +94,6 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     if protocol == "s3":
         fs.retries = 1
     return fs, path
-
-
-# ------------------------------------------------------------------ requests
-
-
-def retries() -> int:
-    """How many requests this process has sent again, with those of its workers."""
-    return _count
-
-
-def count_retries(number: int) -> None:
-    """Adds what a worker, or a rank, of this process counted."""
-    global _count
-    with _count_lock:
-        _count += number
-
-
-def retrying(request: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """`request(*args, **kwargs)`, sent again while store or network fail; StageError after PATIENCE_SECONDS."""
-    begin, pause = time.monotonic(), _FIRST_PAUSE_SECONDS
-    while True:
-        try:
-            return request(*args, **kwargs)
-        except Exception as error:
-            if not _transient(error):
-                raise
-            if time.monotonic() - begin > PATIENCE_SECONDS:
-                raise StageError(
-                    f"the store has not answered for {PATIENCE_SECONDS:.0f} s",
-                    got=f"{request.__name__} {args[0] if args else ''}: {error}",
-                    fix="run the same command again once it does: what is finished is kept",
-                ) from error
-        count_retries(1)
-        time.sleep(pause * random.uniform(0.5, 1.5))  # so that many workers do not come back at once
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-
-
-def _transient(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return not isinstance(error, _FINAL) and error.errno not in _FINAL_NUMBERS
-    loaded = [(sys.modules[module], name) for module, name in _CONNECTION_ERRORS if module in sys.modules]
-    return isinstance(error, tuple(getattr(module, name) for module, name in loaded))
-
-
-def download(fs: AbstractFileSystem, source: str, target: Path, size: int | None = None) -> None:
-    """Copies a remote file to `target`, under another name first. StageError where it is not `size` bytes long."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            for start, stop in _ranges(fs, source, size):
-                file.write(retrying(fs.cat_file, source, start=start, end=stop))
-        if size is not None and partial.stat().st_size != size:
-            raise StageError(
-                "a copy of a remote file is not complete", got=f"{source}: {partial.stat().st_size} of {size} bytes"
-            )
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _ranges(fs: AbstractFileSystem, source: str, size: int | None) -> Iterator[tuple[int | None, int | None]]:
-    """The pieces that a file is asked for; one piece of a server that cannot cut."""
-    if not size or size <= CHUNK_BYTES or ("http" in fs.protocol and not retrying(fs.info, source).get("partial")):
-        yield None, None
-        return
-    for start in range(0, size, CHUNK_BYTES):
-        yield start, min(start + CHUNK_BYTES, size)
 
 
 # ------------------------------------------------------------------ from here to the remote
@@ -263,6 +180,48 @@ def remove_remote_tree(folder: Path) -> None:
 # ------------------------------------------------------------------ from the remote to here
 
 
+def download(
+    fs: AbstractFileSystem, source: str, target: Path, size: int | None = None, sha256: str | None = None
+) -> None:
+    """Copies a remote file to `target`, under another name first.
+
+    Raises StageError where it is not `size` bytes long, or has another hash than `sha256`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    found = hashlib.sha256()
+    try:
+        with partial.open("wb") as file:
+            for start, stop in _ranges(fs, source, size):
+                data = retrying(fs.cat_file, source, start=start, end=stop)
+                file.write(data)
+                if sha256 is not None:
+                    found.update(data)
+        if size is not None and partial.stat().st_size != size:
+            raise StageError(
+                "a copy of a remote file is not complete", got=f"{source}: {partial.stat().st_size} of {size} bytes"
+            )
+        if sha256 not in (None, found.hexdigest()):
+            raise StageError(
+                "a remote file is not the one that was listed",
+                got=f"{source}: sha256 {found.hexdigest()}",
+                allowed=sha256,
+                fix="restore the file, or make the list of hashes beside it again",
+            )
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _ranges(fs: AbstractFileSystem, source: str, size: int | None) -> Iterator[tuple[int | None, int | None]]:
+    """The pieces that a file is asked for; one piece of a server that cannot cut."""
+    if not size or size <= CHUNK_BYTES or ("http" in fs.protocol and not retrying(fs.info, source).get("partial")):
+        yield None, None
+        return
+    for start in range(0, size, CHUNK_BYTES):
+        yield start, min(start + CHUNK_BYTES, size)
+
+
 def bring(path: Path) -> Path:
     """The file as the remote has it, fetched where it is missing or another here; none where the remote has none."""
     if remote_url(path) is not None and not _is_known(path):
@@ -323,7 +282,7 @@ def pull(folder: Path) -> None:
         if path in entries or _NEVER & set(path.relative_to(folder).parts):
             continue
         with contextlib.suppress(FileNotFoundError):  # another reader does the same
-            arriving = path.suffix == ".tmp" and time.time() - path.stat().st_mtime < _ARRIVING_SECONDS
+            arriving = path.suffix == ".tmp" and time.time() - path.stat().st_mtime < ARRIVING_SECONDS
             if path.is_file() and not arriving:
                 path.unlink()
             elif path.is_dir() and not any(path.iterdir()):

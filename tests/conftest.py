@@ -59,7 +59,7 @@ def s3(s3_proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A URL of its own on the S3 server, with working copies below `tmp_path`; no faults yet."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr("sslscale.storage._LONGEST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr("sslscale.retry._LONGEST_PAUSE_SECONDS", 0.2)
     s3_proxy.fail_until, s3_proxy.cuts = 0.0, 0
     yield f"s3://bucket/{uuid.uuid4().hex[:8]}"
     s3_proxy.fail_until, s3_proxy.cuts = 0.0, 0

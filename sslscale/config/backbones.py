@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from sslscale.config.base import Positive, StageConfig
+from sslscale.config.base import AboveZero, Positive, StageConfig
+from sslscale.errors import UserError, did_you_mean
 
 
 class _Views(Protocol):
@@ -19,7 +20,7 @@ class _TimmConfig(StageConfig):
     stem: Literal["default", "small"] = Field("default", description="small: 3x3 stride-1 first conv and no pool")
     channels: Literal[1, 3] = 3
     mean: list[float] = Field(default_factory=lambda: [0.5])
-    std: list[float] = Field(default_factory=lambda: [0.5])
+    std: list[AboveZero] = Field(default_factory=lambda: [0.5])
 
     @property
     def model_channels(self) -> int:
@@ -65,7 +66,7 @@ class VideoMAEConfig(StageConfig):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of transformers' VideoMAEConfig")
     channels: Literal[1, 3] = 3
     mean: list[float] = Field(default_factory=lambda: [0.5])
-    std: list[float] = Field(default_factory=lambda: [0.5])
+    std: list[AboveZero] = Field(default_factory=lambda: [0.5])
     frames: Positive = Field(16, description="frames of a clip, spread evenly over it")
     size: Positive = Field(224, description="side of a frame in pixels; views.size must be the same")
 
@@ -94,16 +95,35 @@ class TextConfig(StageConfig):
         return self.max_length
 
 
-AnyBackboneConfig = Annotated[
-    Annotated[BackboneConfig, Tag("=timm")]
-    | Annotated[FramesConfig, Tag("=timm_frames")]
-    | Annotated[VideoMAEConfig, Tag("=videomae")]
-    | Annotated[TextConfig, Tag("=transformers")],
-    Discriminator(lambda value: f"={value.get('library', 'timm') if isinstance(value, dict) else value.library}"),
-]
 BACKBONES: dict[str, type[StageConfig]] = {
     "timm": BackboneConfig,
     "timm_frames": FramesConfig,
     "videomae": VideoMAEConfig,
     "transformers": TextConfig,
 }
+
+
+def _library(given: Any) -> str:
+    return str(given.get("library", "timm") if isinstance(given, dict) else given.library)
+
+
+def _check_library(given: Any) -> Any:
+    """UserError for what names no library: pydantic would speak of tags."""
+    if not isinstance(given, dict | StageConfig):
+        raise UserError("a backbone is a section of settings", got=repr(given), allowed="architecture=..., library=...")
+    if _library(given) not in BACKBONES:
+        raise UserError(
+            f"unknown library {_library(given)!r}{did_you_mean(_library(given), BACKBONES)}",
+            allowed=", ".join(sorted(BACKBONES)),
+        )
+    return given
+
+
+AnyBackboneConfig = Annotated[
+    Annotated[BackboneConfig, Tag("=timm")]
+    | Annotated[FramesConfig, Tag("=timm_frames")]
+    | Annotated[VideoMAEConfig, Tag("=videomae")]
+    | Annotated[TextConfig, Tag("=transformers")],
+    Discriminator(lambda given: f"={_library(given)}"),
+    BeforeValidator(_check_library),
+]

@@ -11,12 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from sslscale.config.backbones import AnyBackboneConfig, BackboneConfig
-from sslscale.config.base import Fraction, Positive, StageConfig, not_identity
+from sslscale.config.base import AboveZero, Fraction, Positive, Range, StageConfig, not_identity
 
-# A tag names the branch that an error is about: the empty one is the setting itself.
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+# Errors name a setting without its tags, which are what begins with "=".
 Ranks = Annotated[
-    Annotated[Positive, Tag("")] | Annotated[tuple[Positive, Positive], Tag("range")],
-    Discriminator(lambda value: "range" if isinstance(value, list | tuple) else ""),
+    Annotated[Positive, Tag("=one")] | Annotated[Range[Positive], Tag("=range")],
+    Discriminator(lambda value: "=range" if isinstance(value, list | tuple) else "=one"),
 ]
 
 
@@ -55,8 +58,8 @@ class AugmentConfig(StageConfig):
     """The recipe of an augmented view; every draw is keyed by (seed, epoch, sample)."""
 
     size: Positive = Field(32, description="side of the view in pixels")
-    crop_scale: tuple[Fraction, Fraction] = Field((0.2, 1.0), description="share of the area that a crop keeps")
-    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="aspect ratio of a crop")
+    crop_scale: Range[Share] = Field((0.2, 1.0), description="share of the area that a crop keeps")
+    crop_ratio: Range[AboveZero] = Field((0.75, 4 / 3), description="aspect ratio of a crop")
     flip: Fraction = 0.5
     rotate_degrees: float = Field(0.0, ge=0.0, le=180.0)
     shear_degrees: float = Field(0.0, ge=0.0, le=60.0)
@@ -68,11 +71,17 @@ class AugmentConfig(StageConfig):
     jitter_probability: Fraction = 0.8
     grayscale: Fraction = 0.0
     blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Range[AboveZero] = Field((0.1, 2.0), description="standard deviation of the blur in pixels")
     solarize: Fraction = 0.0
     noise: float = Field(0.0, ge=0.0, description="standard deviation of additive Gaussian noise, in [0, 1] units")
     erase: Fraction = Field(0.0, description="probability that a rectangle is erased")
-    erase_scale: tuple[Fraction, Fraction] = (0.02, 0.33)
+    erase_scale: Range[Fraction] = Field((0.02, 0.33), description="share of the area that is erased")
+
+    @model_validator(mode="after")
+    def _room_for_blur(self) -> AugmentConfig:
+        if self.blur and self.size == 1:
+            raise ValueError("blur needs views of 2 pixels or more a side, and size is 1")
+        return self
 
 
 class OptimizerConfig(StageConfig):
@@ -85,7 +94,7 @@ class OptimizerConfig(StageConfig):
     final_weight_decay: float | None = Field(None, ge=0.0, description="what a cosine ends at; none: it is constant")
     trust_coefficient: float = Field(1e-3, gt=0.0, description="of lars")
     momentum: Fraction = 0.9
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     warmup_share: Fraction = Field(0.05, description="share of all steps spent warming up")
     final_lr: float = Field(0.0, ge=0.0, description="the learning rate that the cosine ends at")
     clip_norm: float = Field(0.0, ge=0.0, description="gradient norm to clip at; 0 does not clip")
@@ -184,7 +193,10 @@ class PretrainConfig(StageConfig):
             # DeepSpeed's ZeRO clips gradients that are still scaled, and its loss scale never falls after a bad step.
             raise ValueError("precision fp16 needs zero_stage 0; bf16 goes with every stage")
         if not self.world_sizes:
-            raise ValueError(f"num_workers ({self.num_workers}) must divide num_streams ({self.num_streams})")
+            own = f"num_workers ({self.num_workers})"
+            if isinstance(self.num_workers, tuple):
+                own = f"a number in num_workers ({list(self.num_workers)})"
+            raise ValueError(f"{own} must divide num_streams ({self.num_streams})")
         return self
 
     @property
@@ -244,8 +256,8 @@ class IndexConfig(StageConfig):
 
 
 OneOrSeveral = Annotated[
-    Annotated[Positive, Tag("")] | Annotated[list[Positive], Field(min_length=2), Tag("several")],
-    Discriminator(lambda value: "several" if isinstance(value, list) else ""),
+    Annotated[Positive, Tag("=one")] | Annotated[list[Positive], Field(min_length=2), Tag("=several")],
+    Discriminator(lambda value: "=several" if isinstance(value, list) else "=one"),
 ]
 
 
@@ -327,13 +339,14 @@ class ReportConfig(StageConfig):
     max_clusters: Positive = Field(50, description="clusters shown with thumbnails, largest first")
     anomalies: Positive = Field(16, description="most anomalous samples shown")
     neighbours: Positive = 5
+    fetch_gb: float = Field(8.0, ge=0.0, description="read of remote shards, at most; further samples are not shown")
 
 
 class RunConfig(StageConfig):
     """A whole run: the stages in order over one run directory."""
 
     run: str = Field("runs/main", description="the run directory")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31, description="faiss takes no more bits")
     datasets: dict[str, str] = Field(default_factory=dict, description="name -> shards: a folder, file or brace range")
     limit: int | None = Field(None, ge=1, description="use at most so many samples of a dataset")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)

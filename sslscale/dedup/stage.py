@@ -59,7 +59,7 @@ def run_dedup(
         _check_shards(run, shards)
         stage = _open(run, config, settings, name, features, overwrite)
         return stage.result if stage.done else _find(run, config, settings, runtime, stage, shards, name, overwrite)
-    with RunDir(run.path / "thumbnails") as inner:
+    with RunDir(run.path / "thumbnails", part_of=run) as inner:
         thumbnails = EmbedConfig(
             datasets=names, backbone="pixels", size=settings.size, channels=1, normalize=False, max_failed_share=1.0
         )

@@ -1,6 +1,6 @@
 """A corpus that grows: the shards that a store was made from, in the order in which they came, and its parts.
 
-embed/<dataset>/corpus.json   {"generations": [[[name, samples, bytes, sha256, ...], ...], ...]}
+embed/<dataset>/corpus.json   {"generations": [[[name, samples, bytes, content, ...], ...], ...]}
 
 Parts never mix generations, so shards that come later change no part that is there, wherever their names sort.
 """
@@ -21,7 +21,7 @@ FILE = "corpus.json"
 
 @dataclass(frozen=True)
 class Corpus:
-    """`generations` lists the shards of each: `[name, samples, bytes, sha256]`, and a hash of what is left out."""
+    """`generations` lists the shards of each: `[name, samples, bytes, content]`, and a hash of what is left out."""
 
     generations: Sequence[Sequence[Any]]
     changed: Sequence[str] = ()
@@ -68,11 +68,18 @@ class Corpus:
 def _records(shards: ShardSet) -> list[list[Any]]:
     counts = shards.counts.tolist()
     return [
-        [info.name, count, info.bytes, info.sha256, *([hash_json(info.excluded)] if info.excluded else [])]
+        [info.name, count, info.bytes, info.content, *([hash_json(info.excluded)] if info.excluded else [])]
         for info, count in zip(shards.shards, counts, strict=True)
     ]
 
 
 def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
     """The same shard, as far as both say: an index made from the headers knows no sha256."""
-    return [*before[:3], *before[4:]] == [*now[:3], *now[4:]] and (before[3] == now[3] or None in (before[3], now[3]))
+    if [*before[:3], *before[4:]] != [*now[:3], *now[4:]]:
+        return False
+    return before[3] == now[3] or _kind(before[3]) != _kind(now[3])
+
+
+def _kind(content: str | None) -> str:
+    """What ShardInfo.content is: nothing, a hash, or a layout."""
+    return "" if content is None else content.rpartition(":")[0] or "sha256"

@@ -36,17 +36,18 @@ def run_embed(
 
     `backbone` embeds with another than the config's: the baselines of a run.
     """
-    spec = _embedder(run, config, backbone or config.embed.backbone)
+    spec = find_backbone(run, config, backbone)
     spec.build()  # raises before anything is written
     if config.embed.pca is not None:
         spec = _with_pca(run, config, runtime, spec, overwrite)
     return {name: embed_dataset(run, config, runtime, name, spec, overwrite) for name in config.embed.datasets}
 
 
-def _embedder(run: RunDir, config: RunConfig, name: str) -> EmbedderSpec:
+def find_backbone(run: RunDir, config: RunConfig, backbone: str | None = None) -> EmbedderSpec:
+    """What embed.backbone names, or `backbone` in its place; UserError where there is no such thing."""
     trained, settings = config.pretrain, config.embed
     return find_embedder(
-        name,
+        backbone or settings.backbone,
         run.path,
         channels=settings.channels or (trained.backbone.channels if trained else None),
         size=settings.size,
@@ -58,8 +59,8 @@ def _embedder(run: RunDir, config: RunConfig, name: str) -> EmbedderSpec:
 def _with_pca(run: RunDir, config: RunConfig, runtime: Runtime, spec: EmbedderSpec, overwrite: bool) -> EmbedderSpec:
     """`spec` followed by a PCA, in RUN/projection: one for all datasets, fitted on a sample of the first."""
     dim, width, dataset = config.embed.pca, spec.build().feature_dim, config.embed.datasets[0]
-    if dim is None or dim >= width:
-        raise UserError("embed.pca keeps fewer dimensions than the backbone has", got=dim, allowed=f"1 to {width - 1}")
+    assert dim is not None
+    check_pca(dim, width)
     shards = dataset_shards(run, config, dataset)
     settings = {
         name: value
@@ -86,6 +87,12 @@ def _with_pca(run: RunDir, config: RunConfig, runtime: Runtime, spec: EmbedderSp
         write_npy(stage.path / "projection.npy", fit_pca(rows, dim))
         stage.finish({"kind": "pca", "dim": dim, "of": width, "rows": len(rows)})
     return spec.projected(stage.path / "projection.npy")
+
+
+def check_pca(dim: int, width: int) -> None:
+    """UserError where embed.pca would keep all `width` dimensions of the backbone's features, or more."""
+    if dim >= width:
+        raise UserError("embed.pca keeps fewer dimensions than the backbone has", got=dim, allowed=f"1 to {width - 1}")
 
 
 def _check_enough(samples: int, dim: int) -> None:
@@ -239,6 +246,7 @@ def _finish(stage: Stage, config: RunConfig, spec: EmbedderSpec, records: dict[i
         "samples_in": samples_in,
         "features_out": features_out,
         "failed": failed,
+        "bad_labels": sum(record.get("bad_labels", 0) for record in records.values()),  # not in older records
         "dim": dim,
         "parts": len(records),
         "dtype": settings.dtype,

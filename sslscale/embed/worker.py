@@ -21,7 +21,7 @@ from sslscale.models.load import EmbedderSpec
 from sslscale.objectives.export import load_objective
 from sslscale.runtime.allocator import keep_freed_memory
 from sslscale.shards.dataset import ShardSet
-from sslscale.shards.decode import DecodeError, label_of
+from sslscale.shards.decode import DecodeError, known_label
 from sslscale.shards.plan import Span
 from sslscale.shards.stream import Failure, Sample, Ticket, draw_spans
 from sslscale.views.base import as_input
@@ -40,6 +40,7 @@ class _Row(NamedTuple):
     shard: int
     record: int
     label: int | None
+    bad_label: bool  # whether it has one that is no integer
     sha256: bytes
 
 
@@ -84,14 +85,18 @@ class EmbedWorker:
         )
 
     def embed(self, item: tuple[int, list[Span]], broadcast: None = None) -> dict[str, Any]:
-        """Writes part `item[0]` from the spans `item[1]`; returns its record, with `failures` (key, reason)."""
+        """Writes part `item[0]` from the spans `item[1]`; returns its record, with `failures` (key, reason).
+
+        `bad_labels` counts the rows that have no label because theirs is no integer.
+        """
         part, spans = item
         failures: list[dict[str, Any]] = []
         features, further, rows = self._features(spans, failures)
         record = self._write(part, features, further, rows)
         sizes = zip(("bytes", "table_bytes"), self.store.part_files(part), strict=True)
         record |= {name: file.stat().st_size for name, file in sizes}
-        return {**record, "samples_in": sum(map(len, spans)), "failures": failures}
+        bad_labels = sum(row.bad_label for row in rows)
+        return {**record, "samples_in": sum(map(len, spans)), "bad_labels": bad_labels, "failures": failures}
 
     def sample(self, spans: list[Span], broadcast: None = None) -> np.ndarray:
         """The features of the spans' samples, (n, D), those that fail left out; nothing is written."""
@@ -143,10 +148,12 @@ class EmbedWorker:
             return sample
         try:
             array = self.reader.read(sample.data)
-            label = label_of(sample.data)
         except DecodeError as error:
             return ticket.failure(error.reason)
-        return array, _Row(sample.key, sample.shard, sample.record, label, self.reader.content_hash(sample.data))
+        label = known_label(sample.data)
+        is_bad = label is None and "cls" in sample.data
+        sha256 = self.reader.content_hash(sample.data)
+        return array, _Row(sample.key, sample.shard, sample.record, label, is_bad, sha256)
 
     @torch.inference_mode()
     def _forward(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sslscale import storage
 from sslscale.errors import UserError, did_you_mean
 from sslscale.features.store import DTYPES, FeatureStore, part_name
 from sslscale.rundir import RunDir, hash_json, read_json
@@ -182,11 +184,26 @@ def open_features(run: RunDir, datasets: Sequence[str] | None = None) -> Feature
     Raises UserError where there are none, where their kinds differ, or where they were made by another backbone than
     the one that the run's own pretraining exported.
     """
-    folder = run.stage_path("embed")
-    embedded = sorted(path.parent.name for path in folder.glob("*/features.json"))
+    folder, embedded = run.stage_path("embed"), embedded_datasets(run)
     if not embedded:
-        raise UserError("this run has no features", got=str(run.path), fix=f"sslscale embed -c CONFIG --run {run.path}")
-    for name in datasets or ():
+        where = storage.shown(run.path)
+        fix = f"sslscale embed -c CONFIG --run {shlex.quote(where)}"
+        raise UserError("this run has no features", got=where, fix=fix)
+    check_embedded(datasets or (), embedded)
+    features = FeatureSet({name: FeatureStore.open(folder / name) for name in datasets or embedded})
+    for name, store in features.stores.items():
+        _check_backbone(run, name, store)
+    return features
+
+
+def embedded_datasets(run: RunDir) -> list[str]:
+    """The datasets whose features a run has, by name."""
+    return sorted(path.parent.name for path in run.stage_path("embed").glob("*/features.json"))
+
+
+def check_embedded(datasets: Sequence[str], embedded: Sequence[str]) -> None:
+    """UserError for one of `datasets` that is none of those `embedded`."""
+    for name in datasets:
         if name not in embedded:
             raise UserError(
                 "this dataset is not embedded",
@@ -194,10 +211,6 @@ def open_features(run: RunDir, datasets: Sequence[str] | None = None) -> Feature
                 allowed=", ".join(embedded),
                 fix="add it to embed.datasets and run embed",
             )
-    features = FeatureSet({name: FeatureStore.open(folder / name) for name in datasets or embedded})
-    for name, store in features.stores.items():
-        _check_backbone(run, name, store)
-    return features
 
 
 def _check_backbone(run: RunDir, dataset: str, store: FeatureStore) -> None:
@@ -215,5 +228,5 @@ def _check_backbone(run: RunDir, dataset: str, store: FeatureStore) -> None:
             f"the features of {dataset} were made by another backbone than this run's",
             got=f"{store.backbone}, of weights {made_by['weights']}",
             allowed=f"{made_by['sha256']}, of weights {current}",
-            fix=f"sslscale embed -c CONFIG --run {run.path} --overwrite",
+            fix=f"sslscale embed -c CONFIG --run {shlex.quote(storage.shown(run.path))} --overwrite",
         )

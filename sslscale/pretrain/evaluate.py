@@ -17,7 +17,7 @@ from sslscale.models.collectives import gather_rows
 from sslscale.objectives.base import Objective
 from sslscale.shards.cache import ShardCache
 from sslscale.shards.dataset import ShardSet, open_shards
-from sslscale.shards.decode import DecodeError, label_of
+from sslscale.shards.decode import DecodeError, known_label
 from sslscale.shards.readers import Reader
 from sslscale.shards.stream import Sample, read_spans, spread_spans
 from sslscale.views.base import as_input
@@ -75,7 +75,7 @@ class Evaluator:
             with contextlib.suppress(DecodeError):  # counted where it is trained on or embedded
                 if isinstance(item, Sample):
                     array = self.reader.read(item.data)
-                    label = label_of(item.data)
+                    label = known_label(item.data)
                     arrays.append(array)
                     labels.append(-1 if label is None else label)
         return self.reader.collate(arrays), torch.tensor(labels)

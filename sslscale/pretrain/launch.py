@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sslscale import lease, storage
 from sslscale.config import PretrainConfig, RunConfig
 from sslscale.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, StageError, UserError
+from sslscale.pretrain.placement import rank_device
 from sslscale.pretrain.ranks import MOVE, OUTCOME, STACKS, STOP, run_in_group, run_rank
 from sslscale.rundir import read_json
 from sslscale.runtime.base import Runtime
@@ -47,6 +48,8 @@ class Group(Protocol):
     """Where ranks run. `shares_process`: a single rank runs in this process."""
 
     shares_process: bool
+    device: str
+    """cpu or cuda: what every rank computes on."""
 
     def room(self) -> int:
         """How many ranks the machines that are there now would hold."""
@@ -73,8 +76,11 @@ def launch(
     """
     assert config.pretrain is not None
     storage.remove(folder / STOP)
-    group = _RayGroup(config.pretrain, runtime, folder) if runtime.name == "ray" else _LocalGroup(config.pretrain)
-    settings = {"folder": str(folder), "config": config.model_dump(mode="json"), "tools": tools}
+    on_ray = runtime.name == "ray"
+    group = _RayGroup(config.pretrain, runtime, folder) if on_ray else _LocalGroup(config.pretrain, runtime)
+    dumped = config.model_dump(mode="json")
+    dumped["pretrain"]["device"] = group.device  # a rank on a CPU may see GPUs that it has not been given
+    settings = {"folder": str(folder), "config": dumped, "tools": tools}
     with _stop_on_signal(folder / STOP) as interrupted:
         result = _Launch(folder, config.pretrain, group, tick, interrupted).until_done(settings)
     if result is None:
@@ -249,12 +255,15 @@ def _environment(switches: Mapping[str, str]) -> Iterator[None]:
 class _LocalGroup:
     """This machine, without Ray: one rank in this process, more under torch's launcher."""
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self._most = config.world_sizes[-1]
+    def __init__(self, config: PretrainConfig, runtime: Runtime) -> None:
+        from torch.cuda import device_count
+
+        self.device = rank_device(config, runtime, device_count, grows=False)
+        self._places = device_count() if self.device == "cuda" else config.world_sizes[-1]  # ranks may share cores
         self.shares_process = False
 
     def room(self) -> int:
-        return self._most  # ranks may share cores
+        return self._places
 
     def spare(self) -> int:
         return 0
@@ -297,13 +306,10 @@ class _RayGroup:
 
     def __init__(self, config: PretrainConfig, runtime: Runtime, folder: Path) -> None:
         runtime.start(config.world_sizes[-1])  # type: ignore[attr-defined] # here, since it wants the main thread
-        import ray
-
         self._config, self._storage = config, storage.shown(folder / ".ray")
-        enough = config.device == "cuda" or ray.cluster_resources().get("GPU", 0) >= config.world_sizes[0]
-        gpus = enough and runtime.device(config.device) == "cuda"
         threads = 1 if runtime.alone else config.threads  # type: ignore[attr-defined] # on one machine they share cores
-        self._each: tuple[str, int] = ("GPU", 1) if gpus else ("CPU", threads)
+        self.device = rank_device(config, runtime, _count_gpus, grows=not runtime.alone)  # type: ignore[attr-defined]
+        self._each: tuple[str, int] = ("GPU", 1) if self.device == "cuda" else ("CPU", threads)
         self._switches = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(_START_SECONDS)}
         if runtime.alone:  # type: ignore[attr-defined] # no cloud takes this machine away: no process to watch for that
             self._switches["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
@@ -357,6 +363,12 @@ class _RayGroup:
             if known is None:
                 raise
             raise known from None
+
+
+def _count_gpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 class _FirstError:

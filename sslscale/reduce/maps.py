@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 from sklearn.decomposition import PCA
 
 from sslscale.errors import missing_package
+
+
+def check_method(method: str | None) -> None:
+    """UserError where umap-learn is needed and not installed."""
+    if method == "umap" and find_spec("umap") is None:
+        raise missing_package("umap-learn", extra="maps")
 
 
 def two_dimensions(x: np.ndarray, method: str, metric: str, seed: int) -> np.ndarray:
@@ -13,11 +21,10 @@ def two_dimensions(x: np.ndarray, method: str, metric: str, seed: int) -> np.nda
 
     Raises UserError where umap-learn is not installed.
     """
+    check_method(method)
     if method == "pca":
         return PCA(2, random_state=seed).fit_transform(x).astype(np.float32)
-    try:
-        import umap
-    except ImportError:
-        raise missing_package("umap-learn", extra="maps") from None
+    import umap
+
     metric = {"l2": "euclidean", "cosine": "cosine"}[metric]
     return umap.UMAP(metric=metric, random_state=seed, n_jobs=1).fit_transform(x).astype(np.float32)

@@ -17,12 +17,12 @@ import faiss
 import numpy as np
 
 from sslscale.config import ReduceConfig, RunConfig
-from sslscale.errors import UserError, missing_package
+from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features, sample_positions
 from sslscale.features.distance import prepare
 from sslscale.features.files import replacing, write_npy
 from sslscale.reduce.compress import codecs, empty_codec, measure, neighbours
-from sslscale.reduce.maps import two_dimensions
+from sslscale.reduce.maps import check_method, two_dimensions
 from sslscale.rundir import RunDir, Stage
 from sslscale.runtime.base import Runtime, compute_threads
 from sslscale.runtime.progress import Progress
@@ -35,11 +35,10 @@ def run_reduce(
 ) -> dict[str, Any]:
     """Measures the compression of `config.reduce.datasets` and maps a sample; returns result.json.
 
-    It runs in this process, on a bounded sample: `runtime` is part of every stage's signature.
+    A config without the section has its defaults: it is for `run` that the section has to be asked for. It runs in this
+    process, on a bounded sample: `runtime` is part of every stage's signature.
     """
-    settings = config.reduce
-    if settings is None:
-        raise UserError("the config has no section 'reduce'", fix="add one; an empty one will do: reduce={}")
+    settings = config.reduce or ReduceConfig()
     features = open_features(run, settings.datasets)
     _check(settings, features)
     threads = config.runtime.threads
@@ -62,11 +61,7 @@ def run_reduce(
 
 
 def _check(settings: ReduceConfig, features: FeatureSet) -> None:
-    if settings.map == "umap":
-        try:
-            import umap  # noqa: F401
-        except ImportError:
-            raise missing_package("umap-learn", extra="maps") from None
+    check_method(settings.map)
     if min(settings.rows, features.num_rows) < PQ_CENTROIDS:
         raise UserError(
             "too few vectors to train codes on",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,16 @@ class Count:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What is None or empty was not run."""
+    """What is None or empty was not run.
 
-    run: Path
+    `run` is where the user knows it to be. `settings` are those that each stage on the page was made with, by its
+    folder. `unread` samples are not shown, for what reading them would have taken.
+    """
+
+    run: str
     name: str
     manifest: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
     embeddings: dict[str, dict[str, Any]]
     training: Training | None
     index: dict[str, Any] | None
@@ -126,6 +132,7 @@ class RunReport:
     reduction: Reduction | None
     failures: list[Failures]
     counts: list[Count]
+    unread: int
 
 
 def collect(run: RunDir, config: RunConfig, name: str = "main") -> RunReport:
@@ -144,9 +151,10 @@ def collect(run: RunDir, config: RunConfig, name: str = "main") -> RunReport:
     }
     manifest = run.path / "manifest.json"
     return RunReport(
-        run=run.path,
+        run=storage.shown(run.path),
         name=name,
         manifest=read_json(manifest) if manifest.is_file() else {},
+        settings=_settings(run, name, embeddings),
         embeddings=embeddings,
         training=collect_training(run),
         index=index,
@@ -159,11 +167,23 @@ def collect(run: RunDir, config: RunConfig, name: str = "main") -> RunReport:
         reduction=_reduction(run, name),
         failures=list(collect_failures(run)),
         counts=_counts(run, name, embeddings, answers),
+        unread=reader.unread,
     )
 
 
 def _result(path: Path) -> dict[str, Any] | None:
     return read_json(path / "result.json") if (path / "result.json").is_file() else None
+
+
+def _settings(run: RunDir, name: str, datasets: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """stage.json's settings of the stages that the page is about: a later command may have had others."""
+    answers = [run.stage_path(kind, name) for kind in ("index", "cluster", "anomaly", "reduce")]
+    paths = [run.stage_path("pretrain"), *(run.stage_path("embed", dataset) for dataset in datasets), *answers]
+    return {
+        path.relative_to(run.path).as_posix(): read_json(path / "stage.json")["settings"]
+        for path in paths
+        if (path / "stage.json").is_file()
+    }
 
 
 def _datasets(path: Path, arrays: str) -> list[str]:
@@ -176,11 +196,12 @@ def _features(run: RunDir, path: Path, parent: str, datasets: list[str] | None) 
     features = open_features(run, datasets)
     expected = read_json(path / "stage.json")["parents"][parent]
     if features.identity != expected:
+        where = shlex.quote(storage.shown(run.path))
         raise UserError(
-            f"{path} was made from other features than the run has now",
+            f"{storage.shown(path)} was made from other features than the run has now",
             got=features.identity,
             allowed=expected,
-            fix=f"sslscale {path.parent.name} --run {run.path} --name {path.name} --overwrite",
+            fix=f"sslscale {path.parent.name} --run {where} --name {path.name} --overwrite",
         )
     return features
 

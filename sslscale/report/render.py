@@ -1,23 +1,29 @@
 """`sslscale report`: one self-contained HTML file of a run.
 
-report/index.html   everything inside it: styles, charts, pictures; nothing is loaded and no script runs
+report/index.html          of the answers called `main`
+report/<name>/index.html   of those of another name
+
+Everything is inside it: styles, charts, pictures; nothing is loaded and no script runs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from sslscale.config import ReportConfig, RunConfig, dump_config
+from sslscale import storage
+from sslscale.config import ReportConfig, RunConfig
 from sslscale.report.charts import bar_chart, line_chart, means, scatter_chart
 from sslscale.report.collect import Anomalies, Clustering, Curve, RunReport, collect
 from sslscale.report.reduction import Reduction
-from sslscale.rundir import FORMAT_VERSION, RunDir, read_json, write_atomic, write_json
+from sslscale.rundir import FORMAT_VERSION, MAIN, RunDir, read_json, write_atomic, write_json
 
 NOTHING = "–"
 
@@ -59,17 +65,17 @@ SWEEP = {
 
 
 def run_report(run: RunDir, config: RunConfig, *, name: str = "main") -> dict[str, Any]:
-    """Writes RUN/report/index.html of the answers called `name`, and returns report/result.json: `path, bytes, ...`.
+    """Writes the page of the answers called `name`, and returns the result.json beside it: `path, bytes, ...`.
 
     Stages that were not run are absent from the page. It is made anew at every call.
     """
     report = collect(run, config, name)
     page = render(report, config)
-    path = run.stage_path("report") / "index.html"
+    path = run.stage_path("report", None if name == MAIN else name) / "index.html"
     write_atomic(path, page)
     result = {
         "format_version": FORMAT_VERSION,
-        "path": str(path),
+        "path": storage.shown(path),
         "name": name,
         "bytes": len(page.encode()),
         "failed": sum(failures.count for failures in report.failures),
@@ -92,19 +98,19 @@ def render(report: RunReport, config: RunConfig) -> str:
     settings = config.report or ReportConfig()
     return environment.get_template("report.html").render(
         report=report,
-        title=settings.title or report.run.name,
+        title=settings.title or PurePosixPath(report.run).name,
         facts=facts(report),
         curves=[_curve(curve) for curve in _ordered(report)],
         label_measures=LABEL_MEASURES,
         free_measures=FREE_MEASURES,
         measured=_measured(report),
         selection=_selection(report),
-        warnings=_warnings(report),
+        warnings=_warnings(report, settings),
         size_chart=report.clustering and _size_chart(report.clustering),
         sweep=[] if report.clustering is None else _sweep(report.clustering.result.get("sweep", [])),
         map_chart=report.reduction and _map_chart(report.reduction),
         score_chart=report.anomalies and _score_chart(report.anomalies),
-        config=dump_config(config),
+        settings=yaml.safe_dump(report.settings, sort_keys=False, width=120),
     )
 
 
@@ -163,10 +169,9 @@ def facts(report: RunReport) -> list[tuple[str, str, str]]:
     if report.clustering:
         result, measures = report.clustering.result, report.clustering.result["measures"]
         found.append((count(result["num_clusters"]), "clusters", f"{result['iterations']} iterations"))
-        if measures["acc"] is not None:
-            found.append((measure(measures["acc"]), "ACC", _best_baseline(report, "acc")))
-            found.append((measure(measures["nmi"]), "NMI", _best_baseline(report, "nmi")))
-        else:
+        known = [key for key in ("acc", "nmi") if measures[key] is not None]
+        found += [(measure(measures[key]), LABEL_MEASURES[key], _best_baseline(report, key)) for key in known]
+        if not known:
             found.append((measure(measures["silhouette"]), "silhouette", "no labels"))
     if report.anomalies and (auroc := report.anomalies.result["measures"]["auroc"]) is not None:
         found.append((measure(auroc), "anomaly AUROC", "0.5 is chance"))
@@ -185,7 +190,11 @@ def duration(seconds: float) -> str:
 
 
 def _best_baseline(report: RunReport, name: str) -> str:
-    values = {key: result["measures"][name] for key, result in report.baselines.items()}
+    values = {
+        key: result["measures"][name]
+        for key, result in report.baselines.items()
+        if result["measures"][name] is not None
+    }
     best = max(values, key=lambda key: values[key], default=None)
     return f"{best}: {measure(values[best])}" if best else ""
 
@@ -231,9 +240,14 @@ def _selection(report: RunReport) -> list[tuple[str, str, str]]:
     return [(title, measure(known[key]), hint) for key, (title, hint) in SELECTION.items() if key in known]
 
 
-def _warnings(report: RunReport) -> list[str]:
+def _warnings(report: RunReport, settings: ReportConfig) -> list[str]:
     results = [report.training.result if report.training else {}, report.clustering.result if report.clustering else {}]
-    return [warning for result in results for warning in result.get("warnings", [])]
+    warnings = [warning for result in results for warning in result.get("warnings", [])]
+    if report.unread:
+        what = f"{count(report.unread)} samples are not shown" if report.unread > 1 else "1 sample is not shown"
+        limit = f"{settings.fetch_gb:g} GiB (report.fetch_gb)"
+        warnings.append(f"{what}: of shards on a store a report reads at most {limit}")
+    return warnings
 
 
 def _size_chart(clustering: Clustering) -> Markup:

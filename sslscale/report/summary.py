@@ -37,7 +37,9 @@ def summary_lines(config: RunConfig, results: Mapping[str, Any]) -> list[str]:
 def _pack(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
     assert config.pack is not None
     shards = sum(split["shards"] for split in result["splits"].values())
-    return [f"{result['samples']:,} samples in {shards:,} shards, {config.pack.output}"]
+    skipped = [f"{count:,} {kind}" for kind, count in result.get("skipped", {}).items()]  # older pack.json have none
+    passed_over = f" (skipped: {', '.join(skipped[:5])}{', ...' if len(skipped) > 5 else ''})" if skipped else ""
+    return [f"{result['samples']:,} samples in {shards:,} shards, {config.pack.output}{passed_over}"]
 
 
 def _pretrain(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
@@ -56,7 +58,9 @@ def _pretrain(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
 def _embed(config: RunConfig, results: Mapping[str, Any]) -> list[str]:
     return [
         f"{result['features_out']:,} features of {dataset}, {result['dim']} wide: "
-        f"{result['samples_per_second']:,.0f} samples/s" + _failed(result["failed"], f"{config.run}/embed/{dataset}")
+        f"{result['samples_per_second']:,.0f} samples/s"
+        + _failed(result["failed"], f"{config.run}/embed/{dataset}")
+        + _bad_labels(result.get("bad_labels", 0))
         for dataset, result in results.items()
     ]
 
@@ -117,6 +121,10 @@ def _plural(count: int, noun: str) -> str:
 
 def _failed(count: int, stage: str) -> str:
     return f" ({count:,} failed, see {stage}/failed)" if count else ""
+
+
+def _bad_labels(count: int) -> str:
+    return f" ({_plural(count, 'sample')} without a label: the .cls is no 64-bit integer)" if count else ""
 
 
 # ------------------------------------------------------------------ all stages

@@ -1,4 +1,4 @@
-"""What is asked before a Ray cluster is: whether anything answers at its address, and whether there is a token."""
+"""What is asked before a Ray cluster is: which one, whether anything answers there, and whether there is a token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 _TIMEOUT_SECONDS = 5.0
+
+
+def cluster_address(given: str | None) -> str | None:
+    """The cluster to join: the one `given`, else RAY_ADDRESS, which a submitted job has.
+
+    None where there is neither, and for `local`: Ray's word for a cluster of its own on this machine.
+    """
+    address = given or os.environ.get("RAY_ADDRESS") or "local"
+    return None if address == "local" else address
 
 
 def unreachable(address: str) -> str | None:

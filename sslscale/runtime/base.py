@@ -13,6 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sslscale.errors import UserError, did_you_mean
+
+RUNTIMES = ("local", "ray")
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -65,6 +69,8 @@ class Runtime(Protocol):
 
 def make_runtime(name: str, *, address: str | None = None, max_retries: int = 3, verbose: bool = False) -> Runtime:
     """The runtime called `name`; nothing is started before its first pool. `verbose` shows what Ray's workers print."""
+    if name not in RUNTIMES:
+        raise UserError(f"there is no runtime {name!r}{did_you_mean(name, RUNTIMES)}", allowed=", ".join(RUNTIMES))
     if name == "local":
         from sslscale.runtime.local import LocalRuntime
 

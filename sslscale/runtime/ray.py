@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import AuthenticationError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError
 
 from sslscale.errors import UserError
-from sslscale.runtime.address import unreachable
+from sslscale.runtime.address import cluster_address, unreachable
 from sslscale.runtime.base import Pool, Resources
 from sslscale.runtime.device import pick_device
 from sslscale.runtime.dispatch import DispatchPool
@@ -34,24 +34,27 @@ _LOST = (RayActorError, NodeDiedError, OutOfMemoryError, ObjectLostError)
 class RayRuntime:
     """Runs workers as actors.
 
-    `address` joins a cluster; without one RAY_ADDRESS is joined (a submitted job has it), else a cluster is started
-    on this machine. A Ray that this process has initialised before is used as it is, and left running by `close`.
-    `verbose` shows what workers print.
+    `address` joins a cluster, as `cluster_address` reads it; without one a cluster is started on this machine. A Ray
+    that this process has initialised before is used as it is, and left running by `close`. `verbose` shows what workers
+    print.
     """
 
     name = "ray"
 
     def __init__(self, address: str | None = None, max_retries: int = 3, verbose: bool = False) -> None:
-        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._address = cluster_address(address)
         self._max_retries, self._verbose = max_retries, verbose
         self._connected_here = False
         self._warm: dict[int, list[ActorHandle]] = {}  # by their threads
 
     def start(self, cpus: int = 0) -> None:
-        """Initialises Ray, once. A cluster on this machine gets at least `cpus` places for ranks and workers.
+        """Initialises Ray, once. A cluster on this machine has at least `cpus` places for ranks and workers afterwards.
 
+        One that was started with fewer makes room for another, so no pool may be open where `cpus` are asked for.
         Call it from the main thread: the processes of a local cluster end with the thread that started them.
         """
+        if self.alone and ray.cluster_resources().get("CPU", 0) < cpus:
+            self.close()
         if ray.is_initialized():
             return
         assert threading.current_thread() is threading.main_thread()

@@ -9,14 +9,28 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sslscale import storage
 from sslscale.config import RunConfig
 from sslscale.rundir import hash_json
 
+_TEMPORARY = ".*.tmp"  # as storage.download names what is not whole yet
 _FETCHERS = ThreadPoolExecutor(2, "sslscale-read-ahead")
 _lock = threading.Lock()
 _under_way: dict[Path, Future[None]] = {}
+
+
+class RemoteShard(NamedTuple):
+    """One content of a shard at a URL: the one of this hash, or where that is unknown what the store calls `version`.
+
+    Shards that were packed again are often of the same size: a tar is padded to a multiple of 10,240 bytes.
+    """
+
+    url: str
+    bytes: int
+    sha256: str | None
+    version: str | None
 
 
 @dataclass(frozen=True)
@@ -36,40 +50,51 @@ class ShardCache:
         folder = config.storage.cache or storage.local_path(config.run) / ".cache"
         return cls(Path(folder), int(config.storage.cache_gb * 2**30))
 
-    def copy(self, url: str, size: int) -> Path:
-        """The copy of a remote shard of `size` bytes; waits where it is being fetched."""
-        path = self._path(url, size)
+    def copy(self, shard: RemoteShard) -> Path:
+        """The copy of a remote shard; waits where it is being fetched.
+
+        Raises StageError where what arrives is not as long as the shard, or has another hash.
+        """
+        path = self._path(shard)
         try:
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used now
         except FileNotFoundError:
-            self._fetch(path, url, size).result()
+            self._fetch(path, shard).result()
         return path
 
-    def read_ahead(self, url: str, size: int) -> None:
+    def holds(self, shard: RemoteShard) -> bool:
+        """Whether there is a copy."""
+        return self._path(shard).is_file()
+
+    def read_ahead(self, shard: RemoteShard) -> None:
         """Begins to fetch a shard; a failure is met again by who asks for it."""
-        path = self._path(url, size)
-        if not path.is_file():
-            self._fetch(path, url, size)
+        if not self.holds(shard):
+            self._fetch(self._path(shard), shard)
 
-    def _path(self, url: str, size: int) -> Path:
-        return self.folder / "shards" / f"{hash_json([url, size])}-{url.rpartition('/')[2]}"
+    def _path(self, shard: RemoteShard) -> Path:
+        content = hash_json([shard.url, shard.bytes, shard.sha256 or shard.version])
+        return self.folder / "shards" / f"{content}-{shard.url.rpartition('/')[2]}"
 
-    def _fetch(self, path: Path, url: str, size: int) -> Future[None]:
+    def _fetch(self, path: Path, shard: RemoteShard) -> Future[None]:
         with _lock:
             if path not in _under_way:
-                _under_way[path] = _FETCHERS.submit(self._make, path, url, size)
+                _under_way[path] = _FETCHERS.submit(self._make, path, shard)
             return _under_way[path]
 
-    def _make(self, path: Path, url: str, size: int) -> None:
+    def _make(self, path: Path, shard: RemoteShard) -> None:
         try:
-            fs, source = storage.filesystem(url)
-            storage.download(fs, source, path, size)
+            fs, source = storage.filesystem(shard.url)
+            storage.download(fs, source, path, shard.bytes, shard.sha256)
             self._evict(path)
         finally:
             with _lock:
                 del _under_way[path]
 
     def _evict(self, newest: Path) -> None:
+        for path in newest.parent.glob(_TEMPORARY):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > storage.ARRIVING_SECONDS:  # of a process that was killed
+                    path.unlink()
         copies = []
         for path in newest.parent.glob("[!.]*"):
             with contextlib.suppress(FileNotFoundError):  # another process evicts as well

@@ -1,11 +1,13 @@
 """A dataset: tar shards at a URL, and what they hold.
 
 A folder of shards has a `shards.json`: `{"format_version": 1, "shards": [{"name", "samples", "bytes", "sha256"}]}`.
-Where it is missing, one pass over the headers makes it.
+Where it is missing, one pass over the headers makes it. It knows no hashes then, but of each shard what the headers
+tell, `layout`, and what the store calls the shard's content, `version`: where that is another, the shard is read again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import weakref
@@ -17,23 +19,33 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from braceexpand import braceexpand
-from fsspec.implementations.local import LocalFileSystem
 
 from sslscale import storage
 from sslscale.errors import UserError
 from sslscale.rundir import hash_json, write_json
-from sslscale.shards.cache import ShardCache
+from sslscale.shards.cache import RemoteShard, ShardCache
 from sslscale.shards.filtered import FilteredShard
+from sslscale.shards.location import (
+    Stored,
+    first_names,
+    is_local,
+    is_remote,
+    list_folder,
+    look,
+    open_location,
+    parse_location,
+)
 from sslscale.shards.tar import TarShard
 
 FORMAT_VERSION = 1
 INDEX = "shards.json"
+_ALWAYS = ("samples", "bytes")
+_FIELDS = (*_ALWAYS, "sha256", "layout", "version")  # of a shard in it, beside the name
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard as shards.json describes it: `samples` is what it promises to hold. `sha256` may be unknown."""
+    """One shard as shards.json describes it: `samples` is what it promises to hold; `bytes` is as it is now."""
 
     name: str
     url: str
@@ -42,6 +54,22 @@ class ShardInfo:
     sha256: str | None = None
     excluded: tuple[int, ...] = ()
     """Records that are left out: see filtered.py."""
+    layout: str | None = None
+    """Of its headers (TarShard.layout), where no hash is known."""
+    version: str | None = None
+    """What its store calls its content as it is now."""
+    cut: bool = False
+    """Whether it has not the size that `sha256` was taken of: the samples that it lost are counted one by one."""
+
+    @property
+    def content(self) -> str | None:
+        """What tells it from another of its size, wherever it lies; None of an index that knows neither."""
+        return self.sha256 or (f"layout:{self.layout}" if self.layout else None)
+
+    def is_other(self, now: ShardInfo) -> bool:
+        """Whether `now` is another content, as far as both say."""
+        hashes = (self.sha256, now.sha256) if self.sha256 and now.sha256 else (self.layout, now.layout)
+        return self.bytes != now.bytes or (None not in hashes and hashes[0] != hashes[1])
 
     @property
     def kept(self) -> int:
@@ -64,12 +92,14 @@ class ShardSet:
     cache: ShardCache | None = None
     limit: int | None = None
     """Only the first so many samples count; None is all of them."""
+    index: str | None = None
+    """The file that says what the shards hold, where a next use makes it again."""
     _open: weakref.WeakValueDictionary[int, TarShard | FilteredShard] = field(
         default_factory=weakref.WeakValueDictionary, init=False, repr=False, compare=False
     )
 
     def __reduce__(self) -> tuple[Any, ...]:  # open files stay in their process
-        return ShardSet, (self.url, self.shards, self.cache, self.limit)
+        return ShardSet, (self.url, self.shards, self.cache, self.limit, self.index)
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -94,9 +124,9 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the shards' names, samples, bytes, sha256 and left-out records: the dataset, wherever it lies."""
+        """A hash of the shards' names, samples, bytes, content and left-out records: the dataset, wherever it lies."""
         shards = [
-            [info.name, info.samples, info.bytes, info.sha256, *([info.excluded] if info.excluded else [])]
+            [info.name, info.samples, info.bytes, info.content, *([info.excluded] if info.excluded else [])]
             for info in self.shards
         ]
         return hash_json(shards if self.limit is None else [self.limit, *shards])
@@ -108,26 +138,31 @@ class ShardSet:
 
     def local_path(self, info: ShardInfo) -> Path:
         """Where the shard lies on this machine. A remote one is copied into the cache on first use."""
-        return _local_path(info.url, info.bytes, self.cache)
+        return _local_path(_remote_shard(info), self.cache) if is_remote(info.url) else _as_path(info.url)
+
+    def is_here(self, shard: int) -> bool:
+        """Whether `open` finds the shard on this machine, and need not copy it."""
+        info = self.shards[shard]
+        return not is_remote(info.url) or (self.cache is not None and self.cache.holds(_remote_shard(info)))
 
     def read_ahead(self, shard: int) -> None:
         """Begins to copy a remote shard, for `open` to find it there."""
         info = self.shards[shard]
-        if self.cache is not None and _is_remote(info.url):
-            self.cache.read_ahead(info.url, info.bytes)
+        if self.cache is not None and is_remote(info.url):
+            self.cache.read_ahead(_remote_shard(info))
 
     def open(self, shard: int) -> TarShard | FilteredShard:
-        """The shard's records; shared while anyone holds it. Raises UserError where shards.json is out of date."""
+        """The shard's records; shared while anyone holds it. Raises UserError where it holds more than it promises."""
         tar = self._open.get(shard)
         if tar is None:
             info = self.shards[shard]
-            again = partial(self.local_path, info) if _is_remote(info.url) else None
+            again = partial(self.local_path, info) if is_remote(info.url) else None
             whole = TarShard(self.local_path(info), info.url, again)
             if len(whole) > info.samples:
                 raise UserError(
-                    f"{INDEX} is out of date",
-                    got=f"{info.url} holds {len(whole)} samples, {INDEX} says {info.samples}",
-                    fix=f"delete {INDEX}: it is made again on the next use",
+                    "what the shards hold is out of date",
+                    got=f"{info.url} holds {len(whole)} samples, {self.index or self.url} says {info.samples}",
+                    fix=f"delete {self.index}: it is made again on the next use" if self.index else "run it again",
                 )
             tar = FilteredShard(whole, info.excluded) if info.excluded else whole
             self._open[shard] = tar
@@ -144,27 +179,23 @@ def open_shards(url: str, cache: ShardCache | None = None, limit: int | None = N
     Raises UserError for a `pipe:` URL, a missing folder, no shards, and a shards.json that does not match the folder.
     """
     if url.endswith(".json"):
-        return ShardSet(url, _read_filtered(url), cache, limit)
-    folder, names = _parse(url)
-    fs, path = storage.filesystem(str(Path(folder).expanduser()) if "://" not in folder else folder)
-    known = _read_index(fs, path)
+        return ShardSet(url, _read_filtered(url, cache), cache, limit)
+    folder, names = parse_location(url)
+    fs, path = open_location(folder)
+    known = _read_index(fs, path, folder)
     if names is None:
-        sizes = _list_folder(fs, path, url, known)
-        if known is not None and (missing := known.keys() - sizes.keys()):
+        stored = list_folder(fs, path, url, known)
+        if known is not None and (missing := known.keys() - stored.keys()):
             raise UserError(
                 f"{INDEX} does not match the shards beside it",
-                got=f"{url} has no {_first(missing)}",
-                fix=f"restore the missing shards, or delete {INDEX}: it is made again on the next use",
+                got=f"{url} has no {first_names(missing)}",
+                fix=f"restore the missing shards, or delete {folder}/{INDEX}: it is made again on the next use",
             )
     else:
-        sizes = {name: _size(fs, f"{path}/{name}", url) for name in names}
-    known = {name: entry for name, entry in (known or {}).items() if not _is_stale(entry, sizes.get(name))}
-    if not known.keys() >= sizes.keys():
-        beside = Path(path) if names is None and _is_local(fs) else None
-        known = _make_index(folder, sizes, known, cache, beside)
-    entries = {name: {**known[name], "bytes": size} for name, size in sizes.items()}  # as it is, not as promised
-    shards = tuple(ShardInfo(name=name, url=f"{folder}/{name}", **entry) for name, entry in entries.items())
-    return ShardSet(url, shards, cache, limit)
+        stored = {name: look(fs, f"{path}/{name}", url) for name in names}
+    beside = Path(path) if names is None and is_local(fs) else None
+    shards, index = _describe(folder, stored, known or {}, cache, beside)
+    return ShardSet(url, shards, cache, limit, index)
 
 
 def write_index(folder: Path, shards: list[dict[str, Any]]) -> None:
@@ -172,74 +203,7 @@ def write_index(folder: Path, shards: list[dict[str, Any]]) -> None:
     write_json(folder / INDEX, {"format_version": FORMAT_VERSION, "shards": shards})
 
 
-# ------------------------------------------------------------------ locations
-
-
-def _parse(url: str) -> tuple[str, list[str] | None]:
-    """The folder, and the names of the shards where they are given."""
-    if "pipe:" in url:
-        raise UserError("pipe: URLs run a shell command and are refused", got=url, allowed="a path or an fsspec URL")
-    try:
-        urls = list(braceexpand(url))
-    except ValueError as error:
-        raise UserError("a brace range cannot be read", got=f"{url}: {error}", allowed="shard-{000..009}.tar") from None
-    if len(urls) == 1 and not urls[0].endswith(".tar"):
-        return urls[0].rstrip("/") or "/", None
-    folders = {one.rpartition("/")[0] for one in urls}
-    if len(folders) > 1:
-        raise UserError("the shards of one dataset lie in one folder", got=url, fix="name one dataset for each folder")
-    return folders.pop() or ".", [one.rpartition("/")[2] for one in urls]
-
-
-def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    return isinstance(fs, LocalFileSystem)
-
-
-def _list_folder(fs: fsspec.AbstractFileSystem, path: str, url: str, known: Mapping[str, Any] | None) -> dict[str, int]:
-    """Name -> bytes of the tars in a folder, by name."""
-    if known is not None and "http" in fs.protocol:  # web servers need not list their folders: shards.json does
-        return {name: entry["bytes"] for name, entry in known.items()}
-    try:
-        entries = storage.retrying(fs.ls, path, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError("the folder of shards does not exist", got=url) from None
-    found = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries}
-    sizes = {name: size for name, size in found.items() if name.endswith(".tar") and not name.startswith(".")}
-    if not sizes:
-        raise UserError("there are no shards here", got=url, allowed="*.tar", fix="sslscale pack makes them")
-    return dict(sorted(sizes.items()))
-
-
-def _size(fs: fsspec.AbstractFileSystem, path: str, url: str) -> int:
-    try:
-        return storage.retrying(fs.size, path)
-    except FileNotFoundError:
-        raise UserError("a shard does not exist", got=f"{path} of {url}") from None
-
-
-def _is_remote(url: str) -> bool:
-    return "://" in url and not url.startswith(("file://", "local://"))
-
-
-def _local_path(url: str, size: int, cache: ShardCache | None) -> Path:
-    """The file itself, or its copy in the cache."""
-    if not _is_remote(url):
-        return Path(url.rpartition("://")[2]).expanduser()
-    if cache is None:
-        raise UserError("remote shards need a cache folder for their copies", got=url)
-    return cache.copy(url, size)
-
-
-# ------------------------------------------------------------------ shards.json
-
-
-def _read_index(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]] | None:
-    """Name -> samples, bytes and sha256; None where there is no shards.json."""
-    try:
-        text = storage.retrying(fs.cat_file, f"{path}/{INDEX}")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return _check_index(text, f"{path}/{INDEX}")
+# ------------------------------------------------------------------ filtered lists
 
 
 def write_filtered(path: Path, shards: Iterable[ShardInfo]) -> None:
@@ -247,27 +211,103 @@ def write_filtered(path: Path, shards: Iterable[ShardInfo]) -> None:
     write_json(path, {"format_version": FORMAT_VERSION, "shards": [vars(info) for info in shards]})
 
 
-def _read_filtered(url: str) -> tuple[ShardInfo, ...]:
-    fs, path = storage.filesystem(url if "://" in url else str(Path(url).expanduser()))
+def _read_filtered(url: str, cache: ShardCache | None) -> tuple[ShardInfo, ...]:
+    """The shards of a filtered list, if they are still those that it was made of: it leaves records out by number."""
+    fs, path = open_location(url)
     try:
-        listed = json.loads(storage.retrying(fs.cat_file, path))["shards"]
-        return tuple(ShardInfo(**{**info, "excluded": tuple(info["excluded"])}) for info in listed)
+        entries = json.loads(storage.retrying(fs.cat_file, path))["shards"]
+        listed = [ShardInfo(**{**entry, "excluded": tuple(entry["excluded"])}) for entry in entries]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError("the list of shards does not exist", got=url) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError("the list of shards cannot be read", got=f"{url}: {error!r}", fix="sslscale dedup") from None
+    now: dict[str, ShardInfo] = {}
+    for folder, infos in itertools.groupby(listed, key=lambda info: info.url.rpartition("/")[0]):
+        now |= {info.url: info for info in _as_they_are(folder, {info.name: info for info in infos}, cache)}
+    changed = [info.name for info in listed if info.url not in now or info.is_other(now[info.url])]
+    if changed:
+        raise UserError(
+            "the shards changed since dedup",
+            got=f"{url}: {first_names(changed)}",
+            fix="restore the shards, or run sslscale dedup on the new ones",
+        )
+    return tuple(replace(info, version=now[info.url].version) for info in listed)
 
 
-def _is_stale(entry: Mapping[str, Any], size: int | None) -> bool:
+def _as_they_are(folder: str, listed: Mapping[str, ShardInfo], cache: ShardCache | None) -> Sequence[ShardInfo]:
+    """Those of the shards that are there, as they are now."""
+    fs, path = open_location(folder)
+    if "http" in fs.protocol:  # web servers need not list their folders
+        stored = {name: look(fs, f"{path}/{name}", folder) for name in listed}
+    else:
+        stored = {name: one for name, one in list_folder(fs, path, folder, None).items() if name in listed}
+    known = {name: vars(info) for name, info in listed.items()} | (_read_index(fs, path, folder) or {})
+    return _describe(folder, stored, known, cache, beside=None)[0]
+
+
+# ------------------------------------------------------------------ shards.json
+
+
+def _describe(
+    folder: str,
+    stored: Mapping[str, Stored],
+    known: Mapping[str, Mapping[str, Any]],
+    cache: ShardCache | None,
+    beside: Path | None,
+) -> tuple[tuple[ShardInfo, ...], str | None]:
+    """The shards of a folder as they are now, and the file that says so; `known` is what an index says of them."""
+    index: str | None = f"{folder}/{INDEX}"
+    valid: Mapping[str, Mapping[str, Any]] = {
+        name: entry for name, entry in known.items() if name in stored and not _is_stale(entry, stored[name])
+    }
+    if not valid.keys() >= stored.keys():
+        valid, index = _make_index(folder, stored, valid, cache, beside)
+    shards = tuple(
+        ShardInfo(
+            name=name,
+            url=f"{folder}/{name}",
+            samples=valid[name]["samples"],
+            bytes=now.bytes,  # as it is, not as promised
+            sha256=valid[name]["sha256"],
+            layout=valid[name]["layout"],
+            version=now.version,
+            cut=valid[name]["bytes"] != now.bytes,
+        )
+        for name, now in stored.items()
+    )
+    return shards, index
+
+
+def _read_index(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> dict[str, dict[str, Any]] | None:
+    """Name -> what shards.json says of it; None where there is no shards.json."""
+    try:
+        text = storage.retrying(fs.cat_file, f"{path}/{INDEX}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _check_index(text, f"{folder}/{INDEX}")
+
+
+def _is_stale(entry: Mapping[str, Any], now: Stored) -> bool:
     """Whether we counted what the shard held, and it has changed since; who wrote a hash has promised its samples."""
-    return entry["sha256"] is None and size not in (None, entry["bytes"])
+    if entry["sha256"] is not None:
+        return False
+    return now.bytes != entry["bytes"] or _is_rewritten(entry["version"], now.version)
+
+
+def _is_rewritten(before: str | None, now: str | None) -> bool:
+    """Whether the versions differ, where one store told both: they begin with how it tells them."""
+    if before is None or now is None or before.partition(":")[0] != now.partition(":")[0]:
+        return False
+    return before != now
 
 
 def _check_index(text: bytes, where: str) -> dict[str, dict[str, Any]]:
     try:
         index = json.loads(text)
         version, shards = index["format_version"], index["shards"]
-        entries = {s["name"]: {"samples": s["samples"], "bytes": s["bytes"], "sha256": s.get("sha256")} for s in shards}
+        entries = {
+            s["name"]: {field: s[field] if field in _ALWAYS else s.get(field) for field in _FIELDS} for s in shards
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{INDEX} cannot be read", got=f"{where}: {error!r}", fix="delete it: it is made again"
@@ -279,32 +319,52 @@ def _check_index(text: bytes, where: str) -> dict[str, dict[str, Any]]:
 
 def _make_index(
     folder: str,
-    sizes: Mapping[str, int],
-    known: Mapping[str, dict[str, Any]],
+    stored: Mapping[str, Stored],
+    known: Mapping[str, Mapping[str, Any]],
     cache: ShardCache | None,
     beside: Path | None,
-) -> dict[str, dict[str, Any]]:
+) -> tuple[Mapping[str, Mapping[str, Any]], str | None]:
     """One pass over the headers of the shards that are not `known`, kept in shards.json beside them, or in the cache.
 
-    What a damaged shard has lost cannot be counted here: it counts as one sample, which then fails.
+    Returns what the index says of each, and where it is kept. What a damaged shard has lost cannot be counted here: it
+    counts as one sample, which then fails.
     """
-    kept = cache.folder / "indexes" / f"{hash_json([folder, sizes])}.json" if cache else None
+    kept = cache.folder / "indexes" / f"{hash_json([folder, stored])}.json" if cache else None
     if kept is not None and kept.is_file():
-        return _check_index(kept.read_bytes(), str(kept))
-    shards: list[dict[str, Any]] = []
-    for name, size in sizes.items():
-        if name in known:
-            shards.append({"name": name, **known[name]})
-            continue
-        tar = TarShard(_local_path(f"{folder}/{name}", size, cache))
-        shards.append({"name": name, "samples": len(tar) + (tar.damage is not None), "bytes": size, "sha256": None})
+        return _check_index(kept.read_bytes(), str(kept)), str(kept)
+    shards = {name: known.get(name) or _count(f"{folder}/{name}", now, cache) for name, now in stored.items()}
+    rows = [{"name": name, **{field: entry[field] for field in _FIELDS}} for name, entry in shards.items()]
     if beside is not None and os.access(beside, os.W_OK):
-        write_index(beside, shards)
-    elif kept is not None:
-        write_json(kept, {"format_version": FORMAT_VERSION, "shards": shards})
-    return {shard.pop("name"): shard for shard in shards}
+        write_index(beside, rows)
+        return shards, f"{folder}/{INDEX}"
+    if kept is not None:
+        write_json(kept, {"format_version": FORMAT_VERSION, "shards": rows})
+    return shards, str(kept) if kept is not None else None
 
 
-def _first(names: Iterable[str], count: int = 3) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:count]) + (f" and {len(listed) - count} more" if len(listed) > count else "")
+def _count(url: str, now: Stored, cache: ShardCache | None) -> dict[str, Any]:
+    """What the headers of a shard tell of it."""
+    remote = RemoteShard(url, now.bytes, None, now.version)
+    path = _local_path(remote, cache) if is_remote(url) else _as_path(url)
+    if not os.access(path, os.R_OK):
+        raise UserError("a shard cannot be read", got=path, fix="give this user the permission to")
+    tar = TarShard(path)
+    samples = len(tar) + (tar.damage is not None)
+    return {"samples": samples, "bytes": now.bytes, "sha256": None, "layout": tar.layout, "version": now.version}
+
+
+# ------------------------------------------------------------------ copies
+
+
+def _remote_shard(info: ShardInfo) -> RemoteShard:
+    return RemoteShard(info.url, info.bytes, None if info.cut else info.sha256, info.version)
+
+
+def _local_path(shard: RemoteShard, cache: ShardCache | None) -> Path:
+    if cache is None:
+        raise UserError("remote shards need a cache folder for their copies", got=shard.url)
+    return cache.copy(shard)
+
+
+def _as_path(url: str) -> Path:
+    return Path(url.rpartition("://")[2]).expanduser()

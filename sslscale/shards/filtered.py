@@ -1,8 +1,9 @@
 """A list of shards with records left out: what `dedup` writes, and what a dataset may be given as.
 
-    {"format_version": 1, "shards": [{"name", "url", "samples", "bytes", "sha256", "excluded": [record, ...]}]}
+    {"format_version": 1, "shards": [{"name", "url", "samples", "bytes", "sha256", "excluded": [record, ...], ...}]}
 
-The shards stay as they are; whoever reads the list sees the other records, numbered without gaps.
+The shards stay as they are; whoever reads the list sees the other records, numbered without gaps. Shards that were
+packed again since are refused: the numbers would leave out other records.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
 """Tar bytes into samples: one pass over the 512-byte headers, then any record by its index.
 
 Format: POSIX.1-1988 ustar, POSIX.1-2001 pax and GNU long names. Files that share a key (webdataset's rule: the path up
-to the first dot of its last component) and follow each other are one record.
+to the first dot of its last component) and follow each other are one record. The `._` files that macOS's tar writes
+beside others are no members.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import mmap
 import os
 import re
@@ -29,7 +32,9 @@ UNPICKLED = frozenset(("pkl", "pickle", "pyd", "pt", "pth", "joblib"))
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _TIME = re.compile(rb"(\d+) [acm]time=[^\n]*\n")  # a pax header as webdataset's own writer makes them
 _META = re.compile(r"__[^/]*__($|/)")
-_REGULAR, _DATALESS = b"0\x007", b"123456"  # links, devices, folders and pipes have no data, whatever their size says
+_REGULAR, _LINKS = b"0\x007", b"12"
+_DATALESS = b"123456"  # links, devices, folders and pipes have no data, whatever their size says
+_DEREFERENCE = "-h --hard-dereference"  # GNU tar's flags that store what a link points to
 _ADLER = 65521
 _RUN = 8192  # headers that are checked together
 _NO_NUMBER = 1 << 63  # past the end of any file
@@ -48,8 +53,9 @@ class SampleError(Exception):
 class TarShard:
     """The records of one tar file. `len(shard)`, `shard.keys`, `shard.read(i)`.
 
-    A damaged file raises nothing here. `damage` says what ends it early (None: it is whole), and the records after
-    that point are not in it. `again` makes the file anew, where it is one that others may delete.
+    A damaged file, or one that cannot be opened, raises nothing here. `damage` says what ends it early (None: it is
+    whole), and the records after that point are not in it. `again` makes the file anew, where it is one that others may
+    delete; what that raises is raised here, too.
     """
 
     def __init__(self, path: str | Path, url: str | None = None, again: Callable[[], Any] | None = None) -> None:
@@ -58,17 +64,32 @@ class TarShard:
         self.keys: list[str] = []
         self.damage: str | None = None
         self._prefix = "\0"  # of the names of the last record's members; no name that gives a record begins with it
+        self._seen: set[str] = set()  # the extensions of the last record's members
         self._first = array("q")  # the first member of each record; one more at the end
         self._extensions: list[str] = []  # of each member
         self._offsets, self._sizes = array("q"), array("q")  # of each member's data, in bytes
         self._refused: dict[int, str] = {}  # record -> reason
-        file = self._reopen()
-        self._stamp = _stamp(file)
-        self._index(file.descriptor, self._stamp[0])
+        self._stamp: tuple[int, ...] = ()
+        try:
+            file = self._reopen()
+        except OSError as error:
+            if again is not None:
+                raise
+            self.damage = f"the shard cannot be opened: {error.strerror}"
+        else:
+            self._stamp = _stamp(file)
+            self._index(file.descriptor, self._stamp[0])
         self._first.append(len(self._offsets))
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def layout(self) -> str:
+        """A short hash of what the headers tell: the names, sizes and places of the members."""
+        names = "\0".join(itertools.chain(self.keys, self._extensions)).encode()
+        numbers = (self._first.tobytes(), self._offsets.tobytes(), self._sizes.tobytes())
+        return hashlib.sha256(b"\0".join((names, *numbers))).hexdigest()[:16]
 
     def read(self, record: int) -> dict[str, Any]:
         """A webdataset sample: `__key__`, `__url__` and the bytes of each extension. Raises SampleError."""
@@ -78,18 +99,31 @@ class TarShard:
         sample: dict[str, Any] = {"__key__": self.keys[record], "__url__": self.url}
         for member in range(self._first[record], self._first[record + 1]):
             # Not through the map: a page fault would hold the GIL, and a file cut off meanwhile would kill the process.
-            data = os.pread(file.descriptor, self._sizes[member], self._offsets[member])
-            if len(data) != self._sizes[member]:
-                raise SampleError(f"truncated: the file ends within {self._extensions[member]}")
+            try:
+                data = os.pread(file.descriptor, self._sizes[member], self._offsets[member])
+                if len(data) != self._sizes[member]:
+                    data = self._read_on(file, member, data)
+            except OSError as error:
+                raise SampleError(f"the .{self._extensions[member]} cannot be read: {error.strerror}") from None
             sample[self._extensions[member]] = data
         return sample
+
+    def _read_on(self, file: _File, member: int, data: bytes) -> bytes:
+        """The member whole, of which `data` is the beginning: one read gives 2 GiB at most."""
+        pieces, missing = [data], self._sizes[member] - len(data)
+        while missing:
+            pieces.append(os.pread(file.descriptor, missing, self._offsets[member] + self._sizes[member] - missing))
+            if not pieces[-1]:
+                raise SampleError(f"truncated: the file ends within {self._extensions[member]}")
+            missing -= len(pieces[-1])
+        return b"".join(pieces)
 
     def _file(self) -> _File:
         """The file that was indexed; where it can be made anew, as good: another copy of the same size."""
         while True:
             try:
                 return _open(self.path, self._stamp)
-            except (FileNotFoundError, SampleError):
+            except SampleError:
                 if self._again is None:
                     raise
                 stamp = _stamp(self._reopen())
@@ -152,7 +186,7 @@ class TarShard:
             shown = _shown(name)
             if kind == b"S" or "GNU.sparse.major" in pax or "GNU.sparse.size" in pax:
                 raise _Damage(f"the member at byte {start - BLOCK}, {shown}, is sparse, which is not supported")
-            record = self._add(name, start, length) if kind in _REGULAR else None
+            record = self._add(name, start, length, kind in _LINKS) if kind in _REGULAR + _LINKS else None
             if start + length > size:
                 reason = f"truncated: the file ends at byte {size}, within {shown}"
                 if record is not None:
@@ -178,19 +212,23 @@ class TarShard:
             if len(names) < _RUN:
                 return position, len(positions) - len(names) + 1
 
-    def _add(self, name: str, start: int, length: int) -> int | None:
-        """The record that the member now belongs to; None where webdataset skips such a name too."""
+    def _add(self, name: str, start: int, length: int, is_link: bool = False) -> int | None:
+        """The record that the member now belongs to; None for a name that gives none."""
         given, name = name, _shown(name)
         rest = name[len(self._prefix) :] if name.startswith(self._prefix) else "/"
         if "/" in rest:  # of another record, most likely
             match = _KEY.fullmatch(name)
             if match is None or _META.match(name):
                 return None
-            rest = match[2]
-            if not self.keys or match[1] != self.keys[-1]:
-                self.keys.append(match[1])
-                self._prefix = "\0" if match[1].startswith("__") else f"{match[1]}."
+            key, rest = match.groups()
+            in_folder = key.endswith("/")  # a name that begins with a dot, which is not in its key
+            if in_folder and rest.startswith("_"):
+                return None
+            if not self.keys or key != self.keys[-1]:
+                self.keys.append(key)
+                self._prefix = "\0" if in_folder or key.startswith("__") else f"{key}."
                 self._first.append(len(self._offsets))
+                self._seen.clear()
         extension = sys.intern(rest.lower())
         record, kind = len(self.keys) - 1, extension.rpartition(".")[2]
         if name != given:
@@ -198,8 +236,11 @@ class TarShard:
         elif kind not in ALLOWED:
             reason = "it would be unpickled" if kind in UNPICKLED else f"allowed are {' '.join(sorted(ALLOWED))}"
             self._refused.setdefault(record, f"refused member .{extension}: {reason}")
-        elif extension in self._extensions[self._first[record] :]:
+        elif is_link:
+            self._refused.setdefault(record, f"the .{extension} is a link, which has no data: tar with {_DEREFERENCE}")
+        elif extension in self._seen:
             self._refused.setdefault(record, f"two members .{extension}")
+        self._seen.add(extension)
         self._extensions.append(extension)
         self._offsets.append(start)
         self._sizes.append(length)
@@ -276,7 +317,10 @@ class _File:
 
 @lru_cache(maxsize=MAX_OPEN)
 def _open(path: str, stamp: tuple[int, ...]) -> _File:
-    file = _File(os.open(path, os.O_RDONLY))
+    try:
+        file = _File(os.open(path, os.O_RDONLY))
+    except OSError as error:
+        raise SampleError(f"the shard cannot be opened: {error.strerror}") from None
     if _stamp(file) != stamp:
         raise SampleError("the shard was replaced while it was being read")
     return file

@@ -37,6 +37,8 @@ class ClipReader(Reader):
 def decode_clip(sample: dict[str, Any], frames: int, channels: int, size: int | None) -> np.ndarray:
     """uint8 (T, C, H, W): the frames in the middle of T = `frames` equal parts of the clip.
 
+    The clip is what a player shows: frames that an edit list cuts off (`ffmpeg -ss T -c copy` leaves them in the file)
+    are not of it. But a frame is as it is stored: a rotation that the file asks of its player is not applied.
     A clip of fewer frames than that shows some of them several times. With `size`, a frame's shorter side is resized to
     that (bilinear, antialiased) and the centre size x size kept. Raises DecodeError where there is no video, where a
     wanted frame is damaged or of another size, and where the file ends before the frames that it promises.
@@ -64,10 +66,14 @@ def _wanted(container: Any, count: int, extension: str) -> Iterator[Any]:
     """The wanted frames in order. Their times come from the packets, without decoding, and so hold at any rate."""
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # several clips are decoded at a time
+    promised = min(stream.frames, len(stream.index_entries))  # an edit list may leave the last ones out of the index
     packets = list(container.demux(stream))  # compressed: no more than the file
-    times = np.sort([packet.pts for packet in packets if packet.pts is not None])
-    if not len(times) or len(times) < stream.frames:
-        raise DecodeError(f"the .{extension} ends early: {len(times)} of {stream.frames} frames")
+    stored = [packet for packet in packets if packet.pts is not None]
+    if not stored or len(stored) < promised:
+        raise DecodeError(f"the .{extension} ends early: {len(stored)} of {promised} frames")
+    times = np.sort([packet.pts for packet in stored if not packet.is_discard])
+    if not len(times):
+        raise DecodeError(f"the .{extension} shows none of its {len(stored)} frames: an edit list cuts them off")
     keys = [place for place, packet in enumerate(packets) if packet.is_keyframe and packet.pts is not None]
     decoded: deque[Any] = deque()
     place, frame = 0, None

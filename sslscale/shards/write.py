@@ -29,6 +29,8 @@ from sslscale.runtime.progress import Progress
 from sslscale.shards.dataset import open_shards, write_index
 from sslscale.shards.sources import Example, make_source
 
+_CLEARED = "cleared"  # the part that comes before the shards
+
 
 @dataclass(frozen=True)
 class ShardJob:
@@ -44,19 +46,23 @@ class ShardJob:
         return f"{self.split}-{self.number:05d}.tar"
 
 
-def run_pack(config: PackConfig, *, overwrite: bool = False) -> dict[str, Any]:
-    """Packs the source and returns what pack.json holds: `identity, source, samples, splits{samples, shards, ...}`.
+def run_pack(config: PackConfig, *, overwrite: bool = False, part_of: RunDir | None = None) -> dict[str, Any]:
+    """Packs the source and returns what pack.json holds: `identity, source, samples, skipped, splits`.
 
+    `skipped` counts the files that the source passed over, by kind; a split has `samples, shards, bytes, fingerprint`.
     What an earlier call with the same settings and data finished is not done again. Raises UserError (exit 2) where
-    the output was packed with others, or holds files that pack did not write.
+    a split has no samples, and where the output was packed with others, or holds files that pack did not write.
     """
     source = make_source(config.source, config.path, config.options)
+    skipped = dict(getattr(source, "skipped", {}))
+    _refuse_empty_splits(source.splits, skipped)
     jobs = plan_shards(source.splits, config.samples_per_shard, config.limit)
-    with RunDir(config.output) as run:
+    with RunDir(config.output, part_of) as run:
         settings = config.model_copy(update={"path": None}).identity()  # the data's hash says it, wherever it lies
         stage = run.open_stage(".pack", None, settings, {"source": source.fingerprint}, overwrite=overwrite)
         if not (stage.path / "done").is_dir():
             _clear(run.path, [*source.splits, *_packed_splits(run.path)], overwrite)
+            stage.finish_part(_CLEARED, {})  # from here on, what lies in the place is this stage's own
         left = [job for job in jobs if not _is_there(run.path, job, stage.part_done(job.name))]
         if stage.done and not left:
             return read_json(run.path / "pack.json")
@@ -66,6 +72,7 @@ def run_pack(config: PackConfig, *, overwrite: bool = False) -> dict[str, Any]:
         result = {
             "source": config.source,
             "samples": sum(split["samples"] for split in splits.values()),
+            "skipped": skipped,
             "splits": splits,
         }
         write_json(run.path / "pack.json", {"identity": stage.identity, **result})
@@ -162,6 +169,18 @@ def _finish_split(folder: Path, split: str, jobs: list[ShardJob], stage: Stage) 
         "bytes": sum(shard["bytes"] for shard in shards),
         "fingerprint": open_shards(storage.shown(folder)).fingerprint,
     }
+
+
+def _refuse_empty_splits(splits: Mapping[str, int], skipped: Mapping[str, int]) -> None:
+    """An empty split is seldom meant (files of another format, a disk that is not mounted), and gives no shards."""
+    empty = [split for split, samples in splits.items() if not samples]
+    if empty or not splits:
+        passed_over = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
+        raise UserError(
+            "a split has no samples",
+            got=(", ".join(empty) or "no splits") + (f" (skipped: {passed_over})" if passed_over else ""),
+            fix="fill it, or take its file or folder out of pack.path",
+        )
 
 
 def _is_there(output: Path, job: ShardJob, record: Mapping[str, Any] | None) -> bool:

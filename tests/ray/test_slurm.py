@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 SCONTROL = """#!/bin/bash
 [[ "$1 $2" == "show hostnames" ]] && printf '%s\\n' node-a node-b
 """
-# Options are for Slurm: what is run, and how often, is left. Every start is written down with the node that it is for.
+# Options are for Slurm: what is run, and how often, is left. Every start is written down with the node that it is for
+# and the CPUs that it has; the other nodes than the first do OTHERS_FIRST before it.
 OWN_DISK = """unshare -m bash -c 'mount -t tmpfs disk "$TMPDIR" && exec "$@"' -"""
 SRUN = """#!/bin/bash
 tasks=1 where=all
@@ -33,6 +34,8 @@ while [[ "$1" == --* ]]; do
 done
 [[ "$1" == hostname ]] && { echo 127.0.0.1 fe80::1; exit; }
 echo "$tasks $where $*" >> "$STARTED"
+echo "$where ${SRUN_CPUS_PER_TASK:-1}" >> "$STARTED.cpus"
+[[ "$where" == not-* ]] && eval "${OTHERS_FIRST:-}"
 for _ in $(seq "$tasks"); do OWN_DISK "$@" & done
 trap 'kill $(jobs -p)' TERM
 wait
@@ -61,14 +64,51 @@ def allocation(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def counting(allocation: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The same, with an `sslscale` that prints how many nodes it finds when it starts."""
+    code = 'import os, ray; ray.init(os.environ["RAY_ADDRESS"]); print("nodes:", sum(n["Alive"] for n in ray.nodes()))'
+    (tmp_path / "sslscale").write_text(f"#!/bin/bash\nexec python -c '{code}'\n")
+    (tmp_path / "sslscale").chmod(0o755)
+    return allocation
+
+
 def may_mount(folder: Path) -> bool:
     command = ["unshare", "-m", "mount", "-t", "tmpfs", "disk", str(folder)]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
-def sbatch(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    script = ["bash", str(ROOT / "launch" / "slurm.sbatch"), *command]
-    return subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+def sbatch(
+    environment: dict[str, str], *command: str, script: Path = ROOT / "launch" / "slurm.sbatch"
+) -> subprocess.CompletedProcess[str]:
+    started = ["bash", str(script), *command]
+    return subprocess.run(started, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+
+
+def test_a_run_begins_when_every_node_has_joined(counting: dict[str, str], tmp_path: Path) -> None:
+    done = sbatch(counting | {"OTHERS_FIRST": "sleep 10", "SLURM_CPUS_PER_TASK": "3"}, "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nodes: 2" in done.stdout
+    assert sorted((tmp_path / "started.cpus").read_text().splitlines()) == ["node-a 3", "not-node-a 3"]
+
+
+@pytest.mark.parametrize(
+    ("others_first", "patience", "said"),
+    [
+        ("exit 1", 600, "error: Ray could not start on one of node-a node-b"),
+        ("sleep 120", 15, "error: not all of node-a node-b joined Ray at 127.0.0.1:"),
+    ],
+)
+def test_a_node_that_does_not_join_ends_the_job(
+    counting: dict[str, str], tmp_path: Path, others_first: str, patience: int, said: str
+) -> None:
+    text = (ROOT / "launch" / "slurm.sbatch").read_text()
+    assert "\npatience=600 " in text
+    (tmp_path / "slurm.sbatch").write_text(text.replace("\npatience=600 ", f"\npatience={patience} "))
+    done = sbatch(counting | {"OTHERS_FIRST": others_first}, "run", script=tmp_path / "slurm.sbatch")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert said in done.stderr and "fix:" in done.stderr
+    assert "nodes:" not in done.stdout
 
 
 def test_two_nodes_that_share_only_a_store_do_one_run(allocation: dict[str, str], s3: str, tmp_path: Path) -> None:

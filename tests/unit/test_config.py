@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,12 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("", ["pretrain.optimizer.momentun=1"], ["'pretrain.optimizer.momentun'", "did you mean 'momentum'?"]),
         ("cluster: {num_clusters: many}", [], ["'cluster.num_clusters'", "'many'", "valid integer"]),
         ("cluster: {num_clusters: 0}", [], ["'cluster.num_clusters'", "greater than or equal to 1"]),
+        ("cluster: {num_clusters: [10]}", [], ["'cluster.num_clusters'", "[10]", "at least 2 items"]),
+        ("pretrain: {num_workers: [4, 2]}", [], ["pretrain.num_workers: a range begins", "[4, 2]", "give [2, 4]"]),
+        ("pretrain: {num_workers: [4]}", [], ["pretrain.num_workers: a range is two numbers", "[4]", "[low, high]"]),
+        ("pretrain: {num_workers: [5, 7]}", [], ["a number in num_workers ([5, 7]) must divide num_streams (8)"]),
+        ("pretrain: {backbone: {library: timmm}}", [], ["pretrain.backbone: ", "did you mean 'timm'?", "videomae"]),
+        ("pretrain: {backbone: resnet18}", [], ["pretrain.backbone: ", "a section of settings", "'resnet18'"]),
         ("pretrain: {zero_stage: 4}", [], ["'pretrain.zero_stage'", "0, 1, 2 or 3"]),
         ("pretrain: {precision: fp16}", [], ["fp16 needs zero_stage 0"]),
         ("pack: {output: x}", [], ["'pack.source' is missing"]),
@@ -96,6 +103,56 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_starts(settings: s
         load_config(None, settings.split())
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("crop_scale=[1.0,0.2]", "give [0.2, 1.0]"),
+        ("crop_scale=[0,1]", "greater than 0"),
+        ("crop_scale=0.5", "two numbers"),
+        ("crop_ratio=[0,1]", "greater than 0"),
+        ("crop_ratio=[-2,-1]", "greater than 0"),
+        ("crop_ratio=[2,1]", "give [1.0, 2.0]"),
+        ("blur_sigma=[0,0]", "greater than 0"),
+        ("blur_sigma=[2,1]", "give [1.0, 2.0]"),
+        ("erase_scale=[0.5,0.1]", "give [0.1, 0.5]"),
+        ("noise=.inf", "finite"),
+    ],
+)
+def test_a_recipe_that_makes_no_views_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(None, [f"pretrain.views.{setting}"])
+    assert f"pretrain.views.{setting.partition('=')[0]}" in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_range_may_be_a_single_value() -> None:
+    config = load_config(None, ["pretrain.views.crop_scale=[1,1]", "pretrain.num_workers=[2,2]"])
+    assert config.pretrain is not None
+    assert (config.pretrain.views.crop_scale, config.pretrain.world_sizes) == ((1.0, 1.0), [2])
+
+
+def test_blur_needs_a_neighbour() -> None:
+    with pytest.raises(UserError, match=r"pretrain\.views: blur needs views of 2 pixels"):
+        load_config(None, ["pretrain.views={size: 1, blur: 0.5}"])
+    load_config(None, ["pretrain.views={size: 1}"])
+    load_config(None, ["pretrain.views={size: 2, blur: 0.5}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("seed=-1", "greater than or equal to 0"),
+        ("seed=2147483648", "less than 2147483648"),
+        ("pretrain.optimizer.lr=.nan", "finite"),
+        ("pretrain.optimizer.betas=[0.9,1.0]", "less than 1"),
+        ("pretrain.backbone.std=[0.0]", "greater than 0"),
+    ],
+)
+def test_numbers_that_no_library_takes_are_refused(setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(None, [setting])
+
+
 def test_relative_folders_are_those_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(None, ["run=runs/a", "datasets.train=data/train", "datasets.far=s3://bucket/train"])
@@ -110,3 +167,66 @@ def test_identity_is_what_a_result_depends_on() -> None:
     assert identity != PretrainConfig(zero_stage=2).identity()
     assert not {"num_workers", "device", "checkpoint_every"} & identity.keys()
     assert {"objective", "backbone", "threads", "num_streams"} <= identity.keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("report.title=A #1: x", "A #1: x"),
+        ("report.title=2024", "2024"),
+        ("report.title=1e5", "1e5"),
+        ("report.title=on", "on"),
+        ("report.title=a: b", "a: b"),
+        ("report.title=a: b: [c", "a: b: [c"),
+        ("report.title=[x]", "[x]"),
+        ("report.title={x}", "{x}"),
+        ("report.title=${x}", "${x}"),
+        (r"report.title=\${x} \\${", r"\${x} \\${"),
+        ("report.title=a=b", "a=b"),
+        ("report.title='x'", "'x'"),
+        ("report.title=null", None),
+        ("datasets.train=/data/a #1", "/data/a #1"),
+        ("cluster.method=lloyd", "lloyd"),
+        ("pretrain.backbone.architecture=1e5", "1e5"),
+        ("reduce.map=null", None),
+        ("pretrain.epochs=1e1", 10),
+        ("embed.datasets=[a, b] # those", ["a", "b"]),
+        ("pretrain.objective.temperature=1e-1", 0.1),
+        ("pretrain.zero_stage=2", 2),
+    ],
+)
+def test_a_text_is_taken_as_it_stands_and_the_rest_is_yaml(tmp_path: Path, override: str, value: object) -> None:
+    config = load_config(None, [override])
+    found: Any = config
+    for part in override.partition("=")[0].split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == value
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_flags_are_set_as_they_are_and_seen_by_what_refers_to_them(tmp_path: Path) -> None:
+    path = write(tmp_path, "run: runs/a\npack: {source: digits, output: '${run}/data'}\n")
+    config = load_config(path, ["run=/b"], {"run": "/c #1 ${x}", "limit": 5})
+    assert (config.run, config.limit) == ("/c #1 ${x}", 5)
+    assert config.pack is not None and config.pack.output == "/c #1 ${x}/data"
+
+
+def test_every_path_is_the_callers_and_a_name_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("own", "pixels", "pretrain"):
+        (tmp_path / folder).mkdir()
+    overrides = ["storage.cache=cache", "pack.source=text", "pack.path=texts", "pack.output=out"]
+    config = load_config(None, [*overrides, "baselines=[pixels, own, ./pixels, 'timm:a/b', 's3://x/y']"])
+    assert config.pack is not None
+    assert (config.storage.cache, config.pack.path) == (str(tmp_path / "cache"), str(tmp_path / "texts"))
+    paths = [str(tmp_path / "own"), str(tmp_path / "pixels")]
+    assert config.baselines == ["pixels", *paths, "timm:a/b", "s3://x/y"]
+    for given, expected in (
+        ("pretrain", "pretrain"),
+        ("pixles", "pixles"),
+        ("module:Class", "module:Class"),
+        ("own", paths[0]),
+        ("models/a.pt", str(tmp_path / "models/a.pt")),
+        ("./a:b", str(tmp_path / "a:b")),
+    ):
+        assert load_config(None, [f"embed.backbone={given}"]).embed.backbone == expected

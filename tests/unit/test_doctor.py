@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import sslscale.doctor as doctor
+from sslscale import storage
 from sslscale.config import RunConfig, load_config
 from sslscale.doctor import Check, run_doctor
 
@@ -73,15 +74,21 @@ def test_packages_are_really_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "status"), [([], "ok"), (["faiss-cpu"], "ok"), (["faiss-cpu", "faiss_gpu"], "fail")]
+    ("installed", "status"),
+    [
+        ([], "ok"),
+        (["faiss-cpu"], "ok"),
+        (["faiss-cpu", "faiss_gpu"], "fail"),
+        ([None, "faiss-cpu"], "ok"),  # an uninstall left a folder without METADATA
+    ],
 )
 def test_one_build_of_faiss(
-    packages: dict[str, Any], monkeypatch: pytest.MonkeyPatch, installed: list[str], status: str
+    packages: dict[str, Any], monkeypatch: pytest.MonkeyPatch, installed: list[str | None], status: str
 ) -> None:
     class Distribution:
         version = "1.9"
 
-        def __init__(self, name: str) -> None:
+        def __init__(self, name: str | None) -> None:
             self.metadata = {"Name": name}
 
     monkeypatch.setattr("importlib.metadata.distributions", lambda: map(Distribution, ["numpy", *installed]))
@@ -137,6 +144,54 @@ def test_a_readable_dataset(packages: dict[str, Any], tmp_path: Path) -> None:
     assert check == Check("dataset train", "ok", f"{tmp_path / 'digits' / 'train'}: 1 shards, 20 samples")
 
 
+def test_what_lies_beside_the_packs_output_is_opened(packages: dict[str, Any], tmp_path: Path) -> None:
+    pack = ["pack.source=digits", f"pack.output={tmp_path / 'digits'}"]
+    found = rows(config_of(tmp_path, *pack, f"datasets.beside={tmp_path / 'digits-2' / 'train'}"))
+    assert found["dataset beside"].status == "fail"
+
+
+def test_datasets_on_a_store(packages: dict[str, Any], tmp_path: Path, s3: str) -> None:
+    from sslscale.config import PackConfig
+    from sslscale.shards.write import run_pack
+
+    output = f"{s3}/data"
+    config = config_of(
+        tmp_path, "pack.source=digits", f"pack.output={output}", f"datasets.train={output}/train", "pack.workers=1"
+    )
+    assert rows(config)["dataset train"] == Check(
+        "dataset train", "warn", f"{output}/train is not packed yet", "sslscale pack, or sslscale run, makes it"
+    )
+    run_pack(PackConfig(source="digits", output=output, limit=20, workers=1))
+    assert rows(config)["dataset train"].status == "ok"
+    assert "20 samples" in rows(config)["dataset train"].detail
+
+
+def test_a_run_on_a_store(packages: dict[str, Any], s3: str) -> None:
+    assert rows(load_config(None, [f"run={s3}/run"]))["run directory"] == Check(
+        "run directory", "ok", f"{s3}/run can be written"
+    )
+    fs, _ = storage.filesystem(s3)
+    assert fs.find(s3) == []
+    elsewhere = rows(load_config(None, ["run=s3://no-such-bucket/run"]))["run directory"]
+    assert elsewhere.status == "fail"
+    assert "s3://no-such-bucket/run" in elsewhere.detail
+
+
+def test_without_credentials_the_rows_say_so(packages: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentialsError(Exception):
+        """Of a store's own kind, as botocore's is."""
+
+    def refuse(*args: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    for name in ("create", "size"):
+        monkeypatch.setattr(storage, name, refuse)
+    pack = ["pack.source=digits", "pack.output=s3://bucket/data", "datasets.train=s3://bucket/data/train"]
+    found = rows(load_config(None, ["run=s3://bucket/run", *pack]))
+    for row in ("run directory", "dataset train"):
+        assert (found[row].status, "Unable to locate credentials" in found[row].detail) == ("fail", True)
+
+
 @pytest.fixture
 def listener() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -151,5 +206,6 @@ def test_a_cluster(packages: dict[str, Any], tmp_path: Path, listener: str) -> N
     packages["ray.init"] = "ray.exceptions.AuthenticationError: 401"
     refused = rows(config_of(tmp_path, f"runtime.address={listener}"))["ray cluster"]
     assert (refused.status, "RAY_AUTH_MODE=token" in refused.fix) == ("fail", True)
+    assert "ray cluster" not in rows(config_of(tmp_path, "runtime.address=local"))
     for address in ("127.0.0.1:1", "nonsense"):
         assert rows(config_of(tmp_path, f"runtime.address={address}"))["ray cluster"].status == "fail"

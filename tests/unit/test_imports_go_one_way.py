@@ -19,6 +19,7 @@ PACKAGE = Path(sslscale.__file__).parent
 # they do not import each other.
 ROOMS = (
     ("errors",),
+    ("retry",),
     ("storage",),
     ("lease",),
     ("config", "rundir", "provenance"),
@@ -36,6 +37,7 @@ ROOMS = (
     ("report",),
     ("plan",),
     ("pipeline", "doctor", "summary", "status"),
+    ("options",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
@@ -55,7 +57,9 @@ HOMES = {
 LIGHT = (
     "__init__.py",
     "cli.py",
+    "options.py",
     "errors.py",
+    "retry.py",
     "storage.py",
     "lease.py",
     "rundir.py",

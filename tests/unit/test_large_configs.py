@@ -10,7 +10,7 @@ import torch
 from sslscale.config import load_config
 from sslscale.models.image import Backbone
 from sslscale.pretrain.optimizer import learning_rate, weight_decay
-from sslscale.pretrain.stage import _check_views
+from sslscale.pretrain.stage import check_settings
 
 FOLDER = Path(__file__).parents[2] / "configs" / "large"
 IMAGES = 1_281_167  # of ImageNet-1k's training set
@@ -48,4 +48,4 @@ def test_a_recipe_has_the_published_schedule(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_fits_together(name):
     config = load_config(str(FOLDER / f"{name}.yaml"))
-    _check_views(config)
+    check_settings(config)

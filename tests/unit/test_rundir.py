@@ -117,6 +117,48 @@ def test_other_settings_are_refused_by_name(run: RunDir) -> None:
     assert "--name" in message
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "way", "no_way"),
+    [
+        ("index", "main", "another --name or --run keeps", "pack.output"),
+        ("pretrain", None, "another --run keeps", "--name"),
+        ("embed", "train", "another --run keeps", "--name"),
+        ("projection", None, "another --run keeps", "--name"),
+        (".pack", None, "another pack.output keeps", "--run"),
+    ],
+)
+def test_the_advice_is_one_that_the_stage_can_follow(
+    run: RunDir, kind: str, name: str | None, way: str, no_way: str
+) -> None:
+    run.open_stage(kind, name, {"a": 1}, {})
+    with pytest.raises(UserError) as refused:
+        run.open_stage(kind, name, {"a": 2}, {})
+    assert way in str(refused.value) and no_way not in str(refused.value)
+
+
+def test_a_stage_keeps_who_began_it_also_in_a_run_that_is_part_of_another(run: RunDir) -> None:
+    run.on_start = lambda: {"command": "cluster"}
+    inner = RunDir(run.path / "baselines" / "pixels", part_of=run)
+    for holder in (run, inner):
+        begun = holder.open_stage("cluster", "main", {}, {})
+        assert read_json(begun.path / "stage.json")["command"] == "cluster"
+        holder.on_start = lambda: {"command": "another"}
+        assert read_json(holder.open_stage("cluster", "main", {}, {}).path / "stage.json")["command"] == "cluster"
+
+
+def test_the_stages_and_answers_of_a_run(run: RunDir) -> None:
+    assert run.stages() == [] and run.answers() == set()
+    run.open_stage("cluster", "half", {}, {})
+    run.open_stage("index", "whole", {}, {}).finish({})
+    assert run.answers() == {"whole"}
+    run.open_stage("pretrain", None, {}, {})
+    RunDir(run.path / "baselines" / "hog").open_stage("embed", "train", {}, {})
+    write_json(run.path / "cluster" / ".half.1.2.discarded" / "stage.json", {})
+    assert run.answers() == {"main", "whole"}
+    found = {path.relative_to(run.path).as_posix() for path in run.stages()}
+    assert found == {"cluster/half", "index/whole", "pretrain", "baselines/hog/embed/train"}
+
+
 def test_overwrite_replaces_and_a_name_keeps_both(run: RunDir) -> None:
     stage(run).finish({"iterations": 1})
     other = run.open_stage("cluster", "other", {"k": 12}, PARENTS)

@@ -243,7 +243,7 @@ def test_a_cut_connection_costs_one_piece(s3: str, s3_proxy: FaultyProxy, monkey
 
 
 def test_a_store_that_stays_away_is_given_up(s3: str, s3_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("sslscale.retry.PATIENCE_SECONDS", 0.5)
     s3_proxy.fail_until, s3_proxy.fail_share = time.monotonic() + 60, 1.0
     with pytest.raises(StageError, match="has not answered"):
         write_json(storage.local_path(s3) / "a.json", 1)

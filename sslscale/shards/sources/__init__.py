@@ -9,7 +9,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,7 +42,10 @@ class Example:
 
 
 class Source(Protocol):
-    """`Source(path, **options)` finds its data (UserError where it cannot); every worker of `pack` makes its own."""
+    """`Source(path, **options)` finds its data (UserError where it cannot); every worker of `pack` makes its own.
+
+    One that passes files over also has `skipped`, what they are -> how many: pack.json and the summary line say so.
+    """
 
     splits: Mapping[str, int]  # name -> number of samples
     fingerprint: str  # changes when the data does
@@ -85,3 +88,13 @@ def _find_source(name: str) -> Callable[..., Source]:
 def download_folder(name: str) -> Path:
     """Where a source keeps what torchvision downloads."""
     return Path.home() / ".cache" / "sslscale" / name
+
+
+def extension_of(file: str) -> str:
+    """What follows the last dot of a file's name, in small letters; empty where there is none."""
+    return PurePath(file).suffix[1:].lower()
+
+
+def most_first(counts: Mapping[str, int]) -> dict[str, int]:
+    """The same counts, the largest first."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -6,6 +6,7 @@ import _codecs
 import hashlib
 import io
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sslscale.shards.sources import Example, download_folder
 _BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 _PIXELS = 3 * 32 * 32
+_AGAIN = "take the folder out of its archive again; without pack.path, delete it, and it is downloaded again"
 
 
 class CIFAR10:
@@ -61,9 +63,9 @@ def _read_batch(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
             labels, planes = np.asarray(batch[b"labels"], np.uint8), np.asarray(batch[b"data"], np.uint8)
         return planes.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1), labels
     except FileNotFoundError:
-        raise UserError("a CIFAR-10 batch is missing", got=str(folder / name)) from None
+        raise UserError("a CIFAR-10 batch is missing", got=str(folder / name), fix=_AGAIN) from None
     except (ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError("a CIFAR-10 batch cannot be read", got=f"{folder / name}: {error}") from None
+        raise UserError("a CIFAR-10 batch cannot be read", got=f"{folder / name}: {error}", fix=_AGAIN) from None
 
 
 # What numpy's pickles name, under its old and its present module.
@@ -91,10 +93,15 @@ def _download() -> Path:
     from torchvision.datasets.utils import download_and_extract_archive
 
     root = download_folder("cifar10")
-    if (root / Torchvision.base_folder).is_dir():
+    folder = root / Torchvision.base_folder
+    if folder.is_dir():
         return root
     try:
-        download_and_extract_archive(Torchvision.url, str(root), md5=Torchvision.tgz_md5)
+        root.mkdir(parents=True, exist_ok=True)
+        # Renamed when it is whole: a folder that is there says that nothing is to be downloaded.
+        with tempfile.TemporaryDirectory(dir=root) as aside:
+            download_and_extract_archive(Torchvision.url, str(root), extract_root=aside, md5=Torchvision.tgz_md5)
+            (Path(aside) / Torchvision.base_folder).rename(folder)
     except (OSError, RuntimeError) as error:
         raise UserError(
             "CIFAR-10 is not on this machine and could not be downloaded",

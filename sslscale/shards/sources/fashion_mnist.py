@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from sslscale.shards.sources import Example, download_folder
 _FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
           "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+
+_AGAIN = "put the file there again; without pack.path, delete its folder, and it is downloaded again"
 
 
 class FashionMNIST:
@@ -46,11 +49,15 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         raise UserError(
             "an idx file is missing", got=f"{folder / name}[.gz]", fix="point pack.path at the four idx files"
         )
-    data = gzip.decompress(zipped.read_bytes()) if zipped.is_file() else (folder / name).read_bytes()
+    file = zipped if zipped.is_file() else folder / name
+    try:
+        data = gzip.decompress(file.read_bytes()) if file == zipped else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError("an idx file cannot be read", got=f"{file}: {error}", fix=_AGAIN) from None
     dimensions = data[3] if data[:3] == b"\0\0\x08" else 0
     shape = tuple(np.frombuffer(data, ">i4", dimensions, offset=4)) if len(data) >= 4 + 4 * dimensions else ()
     if not shape or len(data) != 4 + 4 * dimensions + np.prod(shape, dtype=np.int64):
-        raise UserError("not a whole idx file of bytes", got=str(folder / name))
+        raise UserError("not a whole idx file of bytes", got=str(file), fix=_AGAIN)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sslscale.shards.sources.imagefolder import ImageFolder
 
 
@@ -9,4 +11,4 @@ class Video(ImageFolder):
     """Files are copied as they are."""
 
     name, kind = "video", "clips"
-    extensions = ("mp4",)
+    extensions: Mapping[str, str] = {"mp4": "mp4"}

@@ -28,6 +28,8 @@ SAMPLES = [
     ("bomb.bmp", bomb()),
     ("label.cls", b"9223372036854775808"),
     ("label.png", encode_png(GREY)),
+    ("frame.0.png", encode_png(GREY)),
+    ("frame.1.png", encode_png(GREY)),
     ("caf\udce9.png", encode_png(GREY)),
     ("long.png", encode_png(np.zeros((1, 30_000), np.uint8))),
     ("last.png", encode_png(GREY)),
@@ -37,13 +39,27 @@ SAMPLES = [
 def test_every_sample_is_a_row_or_a_line_with_the_reason(tmp_path):
     write_tar(tmp_path / "shards/a.tar", SAMPLES)
     result = embed(tmp_path, size=100, max_failed_share=1.0)
-    assert (result["samples_in"], result["features_out"], result["failed"]) == (6, 2, 4)
-    assert FeatureStore.open(tmp_path / "run/embed/train").table(0, ["key"]).to_pydict() == {"key": ["good", "last"]}
+    assert (result["samples_in"], result["features_out"], result["failed"]) == (7, 3, 4)
+    table = FeatureStore.open(tmp_path / "run/embed/train").table(0, ["key"])
+    assert table.to_pydict() == {"key": ["good", "label", "last"]}
     [file] = (tmp_path / "run/embed/train/failed").iterdir()
     reasons = {line["key"]: line["reason"] for line in map(json.loads, file.open())}
-    assert reasons.keys() == {"bomb", "label", "caf\\xe9", "long"}
-    expected = {"bomb": "cannot be decoded", "label": "64 bits", "caf\\xe9": "not UTF-8", "long": "1x30000"}
+    assert reasons.keys() == {"bomb", "frame", "caf\\xe9", "long"}
+    expected = {"bomb": "cannot be decoded", "frame": "which image", "caf\\xe9": "not UTF-8", "long": "1x30000"}
     assert all(part in reasons[key] for key, part in expected.items())
+
+
+def test_labels_that_are_no_integers_are_missing_and_counted(tmp_path):
+    labels = {"a": b"3", "b": b"cat", "c": b"9223372036854775808", "d": None}
+    for key, label in labels.items():
+        members = [] if label is None else [(f"{key}.cls", label)]
+        write_tar(tmp_path / f"shards/{key}.tar", [*members, (f"{key}.png", encode_png(GREY))])
+    result = embed(tmp_path)
+    assert (result["features_out"], result["failed"], result["bad_labels"]) == (4, 0, 2)
+    store = FeatureStore.open(tmp_path / "run/embed/train")
+    assert store.table(0, ["key", "label"]).to_pydict() == {"key": list("abcd"), "label": [3, None, None, None]}
+    marker = json.loads((tmp_path / "run/embed/train/done/part-00000").read_text())
+    assert marker["bad_labels"] == 2
 
 
 def test_what_the_user_can_mend_still_ends_the_job(tmp_path, monkeypatch):

@@ -1,10 +1,16 @@
 """Probes and the verdict of an evaluation."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from tars import encode_png, write_tar
 
 from sslscale.config import CollapseConfig
-from sslscale.pretrain.evaluate import is_healthy, probe
+from sslscale.pretrain.evaluate import Evaluator, is_healthy, probe
+from sslscale.shards.dataset import open_shards
+from sslscale.shards.readers import ImageReader
 
 
 def test_probes_find_what_is_separable_and_nothing_else():
@@ -21,3 +27,11 @@ def test_probes_find_what_is_separable_and_nothing_else():
 )
 def test_healthy_is_above_both_thresholds(std, rank, healthy):
     assert is_healthy({"feature_std": std, "rankme": rank}, CollapseConfig()) is healthy
+
+
+def test_samples_whose_labels_are_names_are_read_as_samples_without_labels(tmp_path):
+    image = encode_png(np.zeros((4, 4), np.uint8))
+    members = [("a.cls", b"cat"), ("a.png", image), ("b.cls", b"2"), ("b.png", image), ("c.png", image)]
+    write_tar(tmp_path / "a.tar", members)
+    inputs, labels = Evaluator._read(SimpleNamespace(reader=ImageReader(1, None)), open_shards(str(tmp_path)), 10)
+    assert inputs.shape == (3, 1, 4, 4) and labels.tolist() == [-1, 2, -1]

@@ -53,6 +53,14 @@ def test_the_result_says_what_its_table_was_measured_on(run):
     assert {key: result[key] for key in expected} == expected
 
 
+def test_a_config_without_the_section_has_its_defaults(run, monkeypatch):
+    monkeypatch.setattr("sslscale.reduce.stage._table", lambda stage, settings, seed, features: [settings.code_bytes])
+    result = run_reduce(run, RunConfig(), make_runtime("local"))
+    assert (result["table"], result["map"]) == ([[16, 32]], {"method": "pca", "num_points": 1000})
+    asked_for = RunConfig.model_validate({"reduce": {}})
+    assert run_reduce(run, asked_for, make_runtime("local")) == result
+
+
 def test_too_few_rows_to_train_on_are_refused(run):
     with pytest.raises(UserError, match=r"1000 vectors, reduce.rows=255[\s\S]*at least 256"):
         run_reduce(run, config(rows=255), make_runtime("local"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sslscale import storage
 from sslscale.errors import UserError
 from sslscale.features import FeatureStore, open_features
 from sslscale.report.collect import collect
@@ -114,6 +115,18 @@ def test_an_answer_from_other_features_is_refused(make_run, kind):
     store.commit([record])
     with pytest.raises(UserError, match=r"(made|built) from other features"):
         collect(made.run, made.config)
+
+
+def test_the_command_that_mends_an_answer_can_be_pasted(make_run, monkeypatch):
+    made = make_run()
+    shutil.rmtree(made.run.path / "index")
+    store = FeatureStore.open(made.run.stage_path("embed", "test"))
+    store.commit([store.write_part(0, np.ones((9, 4)), made.keys[-9:], ["test-0.tar"] * 9, range(9))])
+    monkeypatch.setattr(storage, "shown", lambda path: str(path).replace(str(made.run.path), "s3://b/my runs/a"))
+    with pytest.raises(UserError) as error:
+        collect(made.run, made.config)
+    assert error.value.what.startswith("s3://b/my runs/a/cluster/main was made from")
+    assert error.value.fix == "sslscale cluster --run 's3://b/my runs/a' --name main --overwrite"
 
 
 def test_a_sample_that_left_its_shard_is_shown_as_that(make_run, tmp_path):

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import json
 import re
 import shutil
+import tarfile
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from tars import write_tar
 
 from sslscale.config import RunConfig
-from sslscale.report import charts
+from sslscale.errors import UserError
+from sslscale.features import open_features
+from sslscale.report import charts, render
+from sslscale.report.collect import collect
 from sslscale.report.render import number, percent, run_report, score, size
+from sslscale.report.samples import FRAMES, SIDE
 from sslscale.rundir import RunDir
+from sslscale.shards.sources.moving_digits import encode_mp4
 
 
 class Page(HTMLParser):
@@ -165,6 +176,93 @@ def test_a_missing_stage_is_absent(make_run, missing):
     assert ids == expected - gone
     assert ("recall@10" in page.text) == (missing != "index")
     assert ("pixels" in page.text) == (missing not in ("baselines", "cluster"))
+
+
+def test_a_clip_is_as_many_pictures_wide_as_it_has_frames(make_run, tmp_path):
+    made = make_run()
+    clip = encode_mp4(np.zeros((12, 32, 32), np.uint8))
+    for shard in tmp_path.glob("data/train/*.tar"):
+        with tarfile.open(shard) as tar:
+            keys = [member.name.removesuffix(".png") for member in tar]
+        write_tar(shard, [(f"{key}.mp4", clip) for key in keys])
+    (tmp_path / "data" / "train" / "shards.json").unlink(missing_ok=True)
+    page = page_of(made)
+    strips = [image for image in page.all("img") if image.get("style") == f"--frames:{FRAMES}"]
+    assert {image["alt"] for image in strips} <= set(made.keys[:19]) and strips
+    for image in strips:
+        data = base64.b64decode(image["src"].partition(",")[2])
+        assert Image.open(io.BytesIO(data)).size == (FRAMES * SIDE, SIDE)
+    others = [image for image in page.all("img") if image not in strips]
+    assert others and all("style" not in image for image in others)
+    style = (Path(render.__file__).parent / "templates" / "style.css").read_text()
+    rule = re.search(r"\nimg \{([^}]*)\}", style)[1]
+    assert "width: calc(var(--side) * var(--frames, 1))" in rule and "aspect-ratio: var(--frames, 1)" in rule
+    assert not re.search(r"img[^{}]*\{[^}]*(width|height): \d+px", style), "a fixed box would squeeze a strip"
+
+
+def test_the_other_measures_stay_where_there_are_too_many_pairs_for_acc(make_run):
+    made = make_run()
+    assert "too many pairs" not in page_of(made).text
+    for path in made.run.path.glob("**/cluster/main/result.json"):
+        result = json.loads(path.read_text())
+        for part in (result, *result["datasets"].values()):
+            part["measures"]["acc"] = None
+        path.write_text(json.dumps(result))
+    page = page_of(made)
+    assert page.rows[3] == ["this run", "–", "0.902", "0.889", "0.945", "0.314", "1.234", "1.068"]
+    assert page.rows[4] == ["test only", "–", "0.451", "0.445", "0.473", ""]
+    assert "There are no labels" not in page.text and "too many pairs" in page.text
+    assert "NMI 0.902 hog: 0.902" in page.text
+
+
+def test_the_configuration_is_that_of_the_stages_on_the_page(make_run):
+    made = make_run()
+    features = open_features(made.run, ["test"])
+    made.run.open_stage("cluster", "other", {"num_clusters": 77}, {"features": features.identity})
+    configuration = page_of(made).text.partition(" Configuration ")[2]
+    assert "cluster/main: datasets: - train - test anomaly/main:" in configuration
+    assert "77" not in configuration
+    made.config.report = made.config.report.model_copy(update={"exemplars": 1})  # of the command, not of an answer
+    assert page_of(made).text.partition(" Configuration ")[2] == configuration
+
+
+def test_a_page_of_another_name_lies_in_a_folder_of_its_own(make_run):
+    made = make_run()
+    main = run_report(made.run, made.config)
+    text = Path(main["path"]).read_text()
+    other = run_report(made.run, made.config, name="other")
+    assert Path(other["path"]) == made.run.path / "report" / "other" / "index.html"
+    assert json.loads((made.run.path / "report" / "other" / "result.json").read_text()) == other
+    assert Path(main["path"]).read_text() == text
+    assert "sslscale report · other" in Page(Path(other["path"]).read_text()).text
+
+
+def test_a_run_at_a_url_is_shown_by_it(make_run, monkeypatch):
+    made = make_run()
+    monkeypatch.setattr(render.storage, "shown", lambda path: str(path).replace(str(made.run.path), "s3://b/my runs/a"))
+    made.config.report = made.config.report.model_copy(update={"title": None})
+    result = run_report(made.run, made.config)
+    page = Page((made.run.path / "report" / "index.html").read_text())
+    assert result["path"] == "s3://b/my runs/a/report/index.html"
+    assert "Run s3://b/my runs/a Command" in page.text
+    assert "a · sslscale report" in page.text
+    assert str(made.run.path) not in page.text
+    for store in made.run.path.glob("embed/*/features.json"):
+        store.unlink()
+    with pytest.raises(UserError) as error:
+        run_report(made.run, made.config)
+    assert (error.value.got, error.value.fix) == (
+        "s3://b/my runs/a",
+        "sslscale embed -c CONFIG --run 's3://b/my runs/a'",
+    )
+
+
+def test_what_was_not_read_of_a_store_is_said(make_run):
+    made = make_run()
+    report = replace(collect(made.run, made.config), unread=1234)
+    text = Page(render.render(report, made.config)).text
+    assert "1,234 samples are not shown: of shards on a store a report reads at most 8 GiB (report.fetch_gb)." in text
+    assert "not shown: of shards" not in page_of(made).text
 
 
 def test_an_empty_run_and_one_that_is_still_training(tmp_path):

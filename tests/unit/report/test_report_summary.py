@@ -31,6 +31,15 @@ def test_a_whole_run(make_run):
     ]
 
 
+def test_labels_that_are_none_are_told(make_run):
+    made = make_run()
+    results = made.results()["embed"]
+    results["test"]["bad_labels"] = 7
+    lines = summary_lines(made.config, {"embed": results})
+    assert "without a label" not in lines[0]
+    assert lines[1].endswith("(7 samples without a label: the .cls is no 64-bit integer)")
+
+
 def test_without_labels_and_without_an_index(make_run):
     made = make_run(labelled=False)
     results = made.results()

@@ -1,4 +1,4 @@
-"""What happens before Ray is there: addresses that do not answer, and paths too long for its sockets."""
+"""How Ray is started: addresses that do not answer, paths too long for its sockets, clusters that are too small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from sslscale.errors import StageError, UserError
 from sslscale.runtime import ray as ray_module
-from sslscale.runtime.address import unreachable
+from sslscale.runtime.address import cluster_address, unreachable
 
 
 def test_an_address_that_does_not_answer_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +32,74 @@ def test_a_submitted_job_joins_its_cluster(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
     with pytest.raises(UserError, match=r"127\.0\.0\.1:2"):
         ray_module.RayRuntime().start()
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "address"),
+    [
+        (None, None, None),
+        (None, "", None),
+        (None, "local", None),
+        ("local", "host:1", None),
+        (None, "host:1", "host:1"),
+        ("other:2", "host:1", "other:2"),
+        ("other:2", "local", "other:2"),
+    ],
+)
+def test_local_is_no_address(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, variable: str | None, address: str | None
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert cluster_address(given) == address
+    assert ray_module.RayRuntime(given)._address == address
+
+
+class FakeRay:
+    """Stands in for a cluster's life: how many CPUs each one had, and how many were ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started: list[float] = []
+        self.ended = 0
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr("os.cpu_count", lambda: 2)
+        for name in ("init", "shutdown", "is_initialized", "cluster_resources"):
+            monkeypatch.setattr(ray_module.ray, name, getattr(self, name))
+
+    def init(self, num_cpus: float = 16.0, **options: object) -> None:
+        assert not self.is_initialized()
+        self.started.append(num_cpus)
+
+    def shutdown(self) -> None:
+        self.ended += 1
+
+    def is_initialized(self) -> bool:
+        return len(self.started) > self.ended
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.started[-1]}
+
+
+def test_a_cluster_of_our_own_grows_with_what_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, runtime = FakeRay(monkeypatch), ray_module.RayRuntime()
+    for cpus in (0, 3, 8, 0, 2):  # workers, ranks that find room, more ranks, workers again
+        runtime.start(cpus)
+    assert (fake.started, fake.ended) == ([4, 8], 1)
+    assert runtime.alone
+    runtime.close()
+    assert fake.ended == 2
+
+
+def test_a_cluster_that_was_joined_or_is_the_callers_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay(monkeypatch)
+    monkeypatch.setattr(ray_module, "unreachable", lambda address: None)
+    joined = ray_module.RayRuntime("host:1")
+    joined.start()
+    joined.start(99)
+    callers = ray_module.RayRuntime()
+    callers.start(99)
+    assert (fake.started, fake.ended) == ([16.0], 0)
 
 
 def test_a_cluster_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

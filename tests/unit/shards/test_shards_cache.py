@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 
 from sslscale import storage
 from sslscale.errors import StageError, UserError
+from sslscale.rundir import hash_file
 from sslscale.shards import cache
 from sslscale.shards.cache import ShardCache
-from sslscale.shards.dataset import ShardSet, open_shards
+from sslscale.shards.dataset import INDEX, ShardSet, open_shards, write_index
 from sslscale.shards.plan import Cursor, Span
-from sslscale.shards.stream import Sample, StreamReader, read_spans
+from sslscale.shards.stream import Failure, Sample, StreamReader, read_spans
 from sslscale.shards.tar import _open
 
 
@@ -49,9 +51,11 @@ def keys(samples) -> list[str]:
 
 def test_the_copies_used_longest_ago_go_first(remote):
     shards = remote(25_000, [3, 3, 3])  # two of three fit
+    assert not any(map(shards.is_here, range(3)))
     for shard in (0, 1, 0, 2):
         shards.local_path(shards.shards[shard])
     assert copies(shards) == ["00000.tar", "00002.tar"]
+    assert [shards.is_here(shard) for shard in range(3)] == [True, False, True]
 
 
 def test_a_cache_smaller_than_a_shard_reads_every_sample_once(remote, tmp_path):
@@ -82,8 +86,8 @@ def test_the_next_shard_comes_while_one_is_read(remote, monkeypatch):
     arrived = threading.Event()
     download = storage.download
 
-    def watched(fs, source, target, size):
-        download(fs, source, target, size)
+    def watched(fs, source, target, size, sha256):
+        download(fs, source, target, size, sha256)
         fetched.append(source.rpartition("-")[2])
         if len(fetched) == 2:
             arrived.set()
@@ -93,6 +97,66 @@ def test_the_next_shard_comes_while_one_is_read(remote, monkeypatch):
     next(samples)
     assert arrived.wait(10)
     assert sorted(fetched) == ["00000.tar", "00001.tar"]
+
+
+def put(path: Path, name: str) -> None:
+    fsspec.filesystem("memory").put_file(str(path), f"/packed/{name}")
+
+
+@pytest.fixture
+def packed(tmp_path, write_tar):
+    """`packed(value, hashed)` packs one shard, always of the same size, and opens its folder."""
+
+    def pack(value: bytes, hashed: bool) -> ShardSet:
+        tar = write_tar(tmp_path / "packed" / "a.tar", [("a.txt", value)])
+        record = {"name": "a.tar", "samples": 1, "bytes": tar.stat().st_size, "sha256": hash_file(tar)}
+        put(tar, "a.tar")
+        if hashed:
+            write_index(tar.parent, [record])
+            put(tar.parent / INDEX, INDEX)
+        return open_shards("memory://packed", ShardCache(tmp_path / "cache", 2**30))
+
+    yield pack
+    fsspec.filesystem("memory").rm("/packed", recursive=True)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_shard_that_was_packed_again_to_the_same_size_is_fetched_again(packed, hashed):
+    for value in (b"old", b"new"):
+        shards = packed(value, hashed)
+        assert shards.open(0).read(0)["txt"] == value
+    assert len(copies(shards)) == 2
+
+
+def test_a_copy_that_has_not_the_hash_of_shards_json_is_refused(packed, tmp_path, write_tar):
+    packed(b"old", True)
+    put(write_tar(tmp_path / "packed" / "a.tar", [("a.txt", b"new")]), "a.tar")  # without its line in shards.json
+    shards = open_shards("memory://packed", ShardCache(tmp_path / "other", 2**30))
+    with pytest.raises(StageError, match="not the one that was listed"):
+        shards.open(0)
+    assert copies(shards) == []
+
+
+def test_what_a_cut_shard_lost_is_counted_though_its_hash_is_another(packed, tmp_path):
+    packed(b"old", True)
+    tar = tmp_path / "packed" / "a.tar"
+    tar.write_bytes(tar.read_bytes()[:514])
+    put(tar, "a.tar")
+    shards = open_shards("memory://packed", ShardCache(tmp_path / "other", 2**30))
+    [failure] = read_spans(shards, [Span(0, 0, 1)])
+    assert isinstance(failure, Failure) and "truncated" in failure.reason
+
+
+def test_what_a_killed_process_left_of_a_download_goes(remote):
+    shards = remote(2**30, [3])
+    folder = shards.cache.folder / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    dead, arriving = folder / ".dead.tar.1.2.tmp", folder / ".arriving.tar.3.4.tmp"
+    for path in (dead, arriving):
+        path.write_bytes(b"half")
+    os.utime(dead, (0, time.time() - 2 * storage.ARRIVING_SECONDS))
+    shards.local_path(shards.shards[0])
+    assert not dead.exists() and arriving.exists()
 
 
 def test_remote_shards_want_a_cache(remote):

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +77,24 @@ def test_cifar10_batches_that_are_missing_or_cut_off(cifar, tmp_path):
         make_source("cifar10", str(cifar))
 
 
+@pytest.mark.parametrize("cifar", ["python3"], indirect=True)
+def test_a_cifar10_download_that_was_killed_while_unpacking_is_made_again(cifar, tmp_path, monkeypatch):
+    def unpack(url, root, extract_root=None, md5=None):
+        shutil.copytree(cifar, Path(extract_root or root) / cifar.name)
+        if not unpacked:
+            unpacked.append(None)
+            (Path(extract_root or root) / cifar.name / "test_batch").unlink()
+            raise KeyboardInterrupt
+
+    unpacked: list[None] = []
+    monkeypatch.setattr("sslscale.shards.sources.cifar10.download_folder", lambda name: tmp_path / "cache")
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", unpack)
+    with pytest.raises(KeyboardInterrupt):
+        make_source("cifar10")
+    assert make_source("cifar10").splits == {"train": 15, "test": 3}
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [cifar.name]
+
+
 def write_idx(path, array, zipped):
     data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
     path = path.with_name(path.name + ".gz") if zipped else path
@@ -100,6 +120,15 @@ def test_fashion_mnist_from_idx_files(tmp_path, zipped):
         make_source("fashion-mnist", str(tmp_path))
 
 
+@pytest.mark.parametrize("damage", ["cut off", "no gzip", "changed within"])
+def test_a_damaged_idx_file_is_named(tmp_path, damage):
+    data = gzip.compress(RNG.bytes(1000))
+    damaged = {"cut off": data[:500], "no gzip": b"<html>", "changed within": data[:20] + bytes(40) + data[60:]}
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damaged[damage])
+    with pytest.raises(UserError, match=r"cannot be read\n  got:     .*train-images-idx3-ubyte\.gz: [^\n]+\n  fix:"):
+        make_source("fashion-mnist", str(tmp_path))
+
+
 def test_digits():
     source = make_source("digits")
     example = source.example("train", 0)
@@ -108,29 +137,6 @@ def test_digits():
     assert example.label == 0
     with pytest.raises(UserError, match="take no path"):
         make_source("digits", "somewhere")
-
-
-def test_class_folders_are_labels_over_all_splits(tmp_path, png):
-    for file in ("train/dog/b.png", "train/cat/a.PNG", "train/cat/.hidden.png", "test/dog/c.png", "test/notes.txt"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_bytes(png(len(file)))
-    source = make_source("imagefolder", str(tmp_path))
-    assert source.splits == {"train": 2, "test": 1}
-    example = source.example("test", 0)
-    assert (example.data, example.extension, example.label) == (png(len("test/dog/c.png")), "png", 1)
-    assert example.metadata == {"path": "dog/c.png", "class": "dog"}
-    before = source.fingerprint
-    (tmp_path / "train/cat/z.png").write_bytes(png(0))
-    assert make_source("imagefolder", str(tmp_path)).fingerprint != before
-
-
-def test_a_flat_folder_has_no_labels(tmp_path, png):
-    (tmp_path / "a.png").write_bytes(png(1))
-    assert make_source("imagefolder", str(tmp_path)).example("train", 0).label is None
-    (tmp_path / "cat").mkdir()
-    (tmp_path / "cat" / "b.png").write_bytes(png(2))
-    with pytest.raises(UserError, match="both in class folders and beside them"):
-        make_source("imagefolder", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,15 @@ def test_what_a_truncated_shard_lost_comes_out_as_failures(make_shards):
     assert all("truncated" in result.reason for result in results[4:])
 
 
+def test_a_shard_that_is_deleted_meanwhile_costs_its_own_records(make_shards):
+    folder = make_shards(COUNTS)
+    shards = open_shards(str(folder))
+    (folder / "train-00001.tar").unlink()
+    results = list(read_spans(shards, [Span(0, 6, 7), Span(1, 0, 11), Span(2, 0, 3)]))
+    assert [type(result) for result in results] == [Sample] + [Failure] * 11 + [Sample] * 3
+    assert {result.reason for result in results[1:12]} == {"the shard cannot be opened: No such file or directory"}
+
+
 def test_a_promise_that_a_whole_shard_does_not_keep_is_a_failure(make_shards, write_tar):
     folder = make_shards(COUNTS)
     shards = open_shards(str(folder))

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -38,17 +41,59 @@ def test_samples_equal_webdatasets(tmp_path, write_tar, format):
     assert problems(shard) == []
 
 
-def test_links_and_folders_are_no_samples(tmp_path):
+def test_a_link_is_a_record_that_is_refused_and_a_folder_is_none(tmp_path):
     path = tmp_path / "s.tar"
+    kinds = {
+        "folder.png": tarfile.DIRTYPE,
+        "soft.png": tarfile.SYMTYPE,
+        "hard.png": tarfile.LNKTYPE,
+        "l": tarfile.SYMTYPE,
+    }
     with tarfile.open(path, "w") as tar:
-        for name, kind in [("folder.png", tarfile.DIRTYPE), ("link.png", tarfile.SYMTYPE)]:
+        for name, kind in kinds.items():
             info = tarfile.TarInfo(name)
-            info.type, info.size = kind, 0
+            info.type, info.size, info.linkname = kind, 0, "x.png"
             tar.addfile(info)
-        info = tarfile.TarInfo("x.png")
-        info.size = 3
-        tar.addfile(info, io.BytesIO(b"abc"))
-    assert TarShard(path).keys == ["x"]
+        for name in ("hard.cls", "x.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    shard = TarShard(path)
+    assert shard.keys == ["soft", "hard", "x"]
+    for record in (0, 1):
+        with pytest.raises(
+            SampleError, match=r"the \.png is a link, which has no data: tar with -h --hard-dereference"
+        ):
+            shard.read(record)
+    assert shard.read(2)["png"] == b"abc"
+
+
+def test_what_macos_puts_beside_files_does_not_split_records(tmp_path, write_tar):
+    names = [
+        "a/._1.jpg",
+        "a/1.jpg",
+        "a/._1.cls",
+        "a/1.cls",
+        "a/.h.jpg",
+        "a/._h.jpg",
+        "._2.jpg",
+        "2.jpg",
+        "._2.cls",
+        "2.cls",
+    ]
+    shard = TarShard(write_tar(tmp_path / "s.tar", [(name, name.encode()) for name in names]))
+    assert shard.keys == ["a/1", "a/", "2"]
+    assert [list(shard.read(record))[2:] for record in range(3)] == [["jpg", "cls"], ["h.jpg"], ["jpg", "cls"]]
+    assert shard.read(0)["cls"] == b"a/1.cls" and problems(shard) == []
+
+
+def test_a_record_of_many_members_takes_linear_time(tmp_path, write_tar):
+    names = [(f"frame.{number:06d}.png", b"") for number in range(20_000)]
+    path = write_tar(tmp_path / "s.tar", names)
+    begin = time.process_time()
+    shard = TarShard(path)
+    assert time.process_time() - begin < 1  # seconds; 2.5 where every member is compared with all before it
+    assert len(shard) == 1 and len(shard._extensions) == 20_000 and problems(shard) == []
 
 
 def test_a_size_beyond_octal_is_read_as_base_256(tmp_path, write_tar):
@@ -143,6 +188,53 @@ def test_a_file_cut_off_after_opening_fails_the_sample(tmp_path, write_tar):
         shard.read(1)
 
 
+def test_what_one_read_does_not_give_is_read_on(tmp_path, write_tar, monkeypatch):
+    data = bytes(range(256)) * 20
+    shard = TarShard(write_tar(tmp_path / "s.tar", [("a.png", b"first"), ("b.png", data)]))
+    pread = os.pread
+    monkeypatch.setattr("os.pread", lambda descriptor, size, offset: pread(descriptor, min(size, 1000), offset))
+    assert shard.read(1)["png"] == data  # Linux gives 2,147,479,552 bytes at most
+
+
+def test_a_record_that_the_disk_cannot_read_fails_alone(tmp_path, write_tar, monkeypatch):
+    shard = TarShard(write_tar(tmp_path / "s.tar", [("a.png", b"a"), ("b.png", b"b")]))
+    pread = os.pread
+
+    def failing(descriptor, size, offset):
+        if offset == shard._offsets[0]:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr("os.pread", failing)
+    with pytest.raises(SampleError, match=r"the \.png cannot be read: Input/output error"):
+        shard.read(0)
+    assert shard.read(1)["png"] == b"b"
+
+
+def test_a_file_that_is_gone_fails_the_sample(tmp_path, write_tar):
+    path = write_tar(tmp_path / "s.tar", [("a.png", b"a")])
+    shard = TarShard(path)
+    path.unlink()
+    _open.cache_clear()
+    with pytest.raises(SampleError, match="the shard cannot be opened: No such file"):
+        shard.read(0)
+    assert problems(TarShard(path)) == [(None, "the shard cannot be opened: No such file or directory")]
+
+
+def test_the_layout_tells_contents_of_one_size_apart(tmp_path, write_tar):
+    members = [("a.png", b"a" * 100), ("a.cls", b"12"), ("b.png", b"b" * 50)]
+    layout = TarShard(write_tar(tmp_path / "s.tar", members)).layout
+    assert TarShard(write_tar(tmp_path / "copy.tar", members)).layout == layout
+    for other in (
+        [("a.png", b"a" * 99), ("a.cls", b"123"), ("b.png", b"b" * 50)],
+        [("a.png", b"a" * 100), ("a.cls", b"12"), ("c.png", b"b" * 50)],
+        [("a.png", b"a" * 100), ("a.cls", b"12"), ("a.txt", b"b" * 50)],
+    ):
+        changed = write_tar(tmp_path / "other.tar", other)
+        assert changed.stat().st_size == (tmp_path / "s.tar").stat().st_size
+        assert TarShard(changed).layout != layout
+
+
 def test_a_file_replaced_after_opening_fails_the_sample(tmp_path, write_tar):
     shard = TarShard(write_tar(tmp_path / "s.tar", [("a.png", b"a")]))
     write_tar(tmp_path / "new.tar", [("a.png", b"b")]).replace(shard.path)
@@ -167,9 +259,10 @@ def mixed_tar(path, rng):
         for number in range(rng.integers(1, 300)):
             folder = rng.choice(["", "", "", "a/", "a.b/c/", "d" * 90 + "/"])
             for extension in rng.choice(["png", "cls", "json", "SEG.png", "exe", "__", "\udce9"], rng.integers(1, 4)):
-                info = tarfile.TarInfo(f"{folder}{rng.choice(['', '', '__', '.'])}{number // 2}.{extension}")
+                info = tarfile.TarInfo(f"{folder}{rng.choice(['', '', '__', '.', '._'])}{number // 2}.{extension}")
                 info.size, info.mtime = int(rng.integers(0, 1500)), float(rng.integers(2) and 1.5)
-                info.type = rng.choice([tarfile.REGTYPE] * 30 + [tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE])
+                unusual = [tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE]
+                info.type = rng.choice([tarfile.REGTYPE] * 30 + unusual)
                 tar.addfile(info, io.BytesIO(rng.bytes(info.size)))
 
 

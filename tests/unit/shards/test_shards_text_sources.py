@@ -74,9 +74,67 @@ def test_wordnets_glosses_and_their_kinds(tmp_path):
         ('{"body": "a"}\n', {}, "no text in 'text'"),
         ('{"body": "a", "kind": 1.5}\n', {"text": "body", "label": "kind"}, "a name or an integer"),
         ('{"body": "a"}\n', {"field": "body"}, "refuses pack.options"),
+        ('{"body": "a", "kind": 1}\n', {"text": "body", "label": "kin"}, "no record has .*did you mean 'kind'"),
+        ('{"body": "a", "kind": 1}\n\n{"body": "b", "kind": "c"}', {"text": "body", "label": "kind"}, 'line 3: "c"'),
+        ('{"body": "a", "kind": 1}\n{"body": "b", "kind": true}', {"text": "body", "label": "kind"}, "one kind"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path, content, options, message):
     (tmp_path / "texts.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         make_source("text", str(tmp_path / "texts.jsonl"), options).example("train", 0)
+
+
+def test_true_and_false_are_labels_and_some_have_none(tmp_path):
+    records = [{"text": "a", "kind": True}, {"text": "b", "kind": False}, {"text": "c", "kind": None}, {"text": "d"}]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = make_source("text", str(tmp_path / "texts.jsonl"), {"label": "kind"})
+    assert [repr(source.example("train", index).label) for index in range(4)] == ["1", "0", "None", "None"]
+
+
+def test_lines_of_text_have_no_labels(tmp_path):
+    (tmp_path / "texts.txt").write_text("a\n")
+    with pytest.raises(UserError, match="no record has the field of the labels"):
+        make_source("text", str(tmp_path / "texts.txt"), {"label": "kind"})
+
+
+def test_blank_lines_are_no_records(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n  \r\n{"no": 1}\n\n')
+    source = make_source("text", str(tmp_path / "texts.jsonl"))
+    assert source.splits == {"train": 3}
+    assert [source.example("train", index).data for index in (1, 0)] == [b"b", b"a"]
+    with pytest.raises(UserError, match="line 5: no"):  # of the file, not of the records
+        source.example("train", 2)
+
+
+@pytest.mark.parametrize("name", ["X.JSONL", "x.v2.jsonl", "x.Jsonl.GZ"])
+def test_the_name_says_what_lines_are(tmp_path, name):
+    data = b'{"text": "a"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("GZ") else data)
+    for path in (tmp_path / name, tmp_path):
+        source = make_source("text", str(path))
+        assert source.example(next(iter(source.splits)), 0).data == b"a"
+
+
+@pytest.mark.parametrize("name", ["corpus.json", "corpus", "corpus.gz", "corpus.csv"])
+def test_a_file_of_another_format_is_not_taken_for_lines(tmp_path, name):
+    (tmp_path / name).write_bytes(b'[{"text": "a"}]\n')
+    with pytest.raises(UserError, match=r"says what its lines are\n(.*\n)+  fix:.*jq"):
+        make_source("text", str(tmp_path / name))
+
+
+def test_other_files_beside_the_splits_are_counted(tmp_path):
+    for name in ("train.txt", "a.json", "b.json", "README", ".hidden"):
+        (tmp_path / name).write_text("a\n")
+    source = make_source("text", str(tmp_path))
+    assert source.splits == {"train": 1} and source.skipped == {"json": 2, "without extension": 1}
+
+
+def test_which_split_a_line_is_in_is_part_of_the_fingerprint(tmp_path):
+    found = set()
+    for first, second in (("a\nb\n", "c\n"), ("a\n", "b\nc\n")):
+        (tmp_path / "one.txt").write_text(first)
+        (tmp_path / "two.txt").write_text(second)
+        found.add(make_source("text", str(tmp_path)).fingerprint)
+    (tmp_path / "two.txt").rename(tmp_path / "three.txt")
+    assert len(found | {make_source("text", str(tmp_path)).fingerprint}) == 3

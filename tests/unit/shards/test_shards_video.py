@@ -82,6 +82,44 @@ def test_only_what_leads_up_to_the_frames_is_decoded(long_clip, monkeypatch):
     assert needed <= sum(counts) <= needed + 3
 
 
+def cut_clip(clip, start, shown=None):
+    """As `ffmpeg -ss -c copy` cuts: from the keyframe before `start` on, with an edit list that begins at `start`.
+
+    With `shown`, the edit list ends after that share of what is left.
+    """
+    data = io.BytesIO()
+    with av.open(io.BytesIO(clip)) as source, av.open(data, "w", format="mp4") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.pts is not None]
+        begin = sorted(packet.pts for packet in packets)[start]
+        key = max(at for at, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= begin)
+        for packet in packets[key:]:
+            packet.pts, packet.dts, packet.stream = packet.pts - begin, packet.dts - begin, stream
+            container.mux(packet)
+    cut = bytearray(data.getvalue())
+    if shown is not None:
+        at = cut.index(b"elst") + 12  # the segment's duration, of an atom of version 0 with one entry
+        cut[at : at + 4] = int(shown * int.from_bytes(cut[at : at + 4], "big")).to_bytes(4, "big")
+    return bytes(cut)
+
+
+@pytest.mark.parametrize(("shown", "frames"), [(None, 31), (0.5, 16)])
+def test_frames_that_an_edit_list_cuts_off_are_not_of_the_clip(long_clip, shown, frames):
+    clip = cut_clip(long_clip, 17, shown)
+    for count in (1, 4, frames):
+        expected = [17 + int((part + 0.5) * frames / count) for part in range(count)]
+        found = decode_clip({"mp4": clip}, count, 1, None)[:, 0, 16:, 16:].astype(float).mean(axis=(1, 2)) / 4
+        assert np.abs(found - expected).max() < 0.5
+
+
+def test_an_edit_list_that_shows_nothing_says_so(long_clip, monkeypatch):
+    with av.open(io.BytesIO(long_clip)) as container:
+        packets = [SimpleNamespace(pts=packet.pts, is_discard=True) for packet in container.demux(video=0)]
+        container = SimpleNamespace(streams=container.streams, demux=lambda stream: packets)
+        with pytest.raises(DecodeError, match="shows none of its 48 frames"):
+            next(video._wanted(container, 2, "mp4"))
+
+
 def test_colour_size_and_clips_that_are_too_short(long_clip):
     assert decode_clip({"mp4": long_clip}, 4, 3, 16).shape == (4, 3, 16, 16)
     short = decode_clip({"mp4": encode_mp4(counted(3))}, 6, 1, None)

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
 
 from sslscale.config.models import PackConfig
 from sslscale.errors import UserError
+from sslscale.rundir import Stage
 from sslscale.shards import write
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.decode import decode_image, label_of
@@ -107,3 +109,51 @@ def test_a_failing_source_leaves_no_half_shard(tmp_path, monkeypatch):
     assert list(contents(tmp_path / "train")) == ["train-00000.tar"]
     assert not (tmp_path / "pack.json").exists()
     assert write.run_pack(config(tmp_path))["samples"] == 100
+
+
+def test_a_pack_killed_before_its_first_marker_goes_on(tmp_path, monkeypatch):
+    original = Stage.finish_part
+
+    def killed(self, part, *arguments):
+        if part.endswith(".tar"):
+            raise KeyboardInterrupt
+        original(self, part, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Stage, "finish_part", killed)
+        write.run_pack(config(tmp_path))
+    assert list(contents(tmp_path / "train")) == ["train-00000.tar"]
+    assert write.run_pack(config(tmp_path))["samples"] == 100
+
+
+def test_an_empty_split_is_refused_before_anything_starts(tmp_path, png):
+    for file in ("train/cat/a.png", "test/cat/b.tif"):
+        (tmp_path / "in" / file).parent.mkdir(parents=True)
+        (tmp_path / "in" / file).write_bytes(png(3))
+    settings = {"source": "imagefolder", "path": str(tmp_path / "in")}
+    with pytest.raises(UserError, match=r"a split has no samples\n  got:     test \(skipped: 1 tif\)"):
+        write.run_pack(config(tmp_path / "out", **settings))
+    assert not (tmp_path / "out").exists()
+    packed = write.run_pack(config(tmp_path / "out", **settings, options={"splits": ["train"]}))
+    assert list(packed["splits"]) == ["train"]
+
+
+def test_what_the_source_passed_over_is_in_pack_json(tmp_path, png):
+    (tmp_path / "in").mkdir()
+    for file in ("a.png", "b.tif"):
+        (tmp_path / "in" / file).write_bytes(png(3))
+    write.run_pack(config(tmp_path / "out", source="imagefolder", path=str(tmp_path / "in")))
+    assert json.loads((tmp_path / "out" / "pack.json").read_text())["skipped"] == {"tif": 1}
+    assert write.run_pack(config(tmp_path / "digits"))["skipped"] == {}
+
+
+def test_other_pixels_in_files_of_equal_names_and_sizes_are_refused(tmp_path, png):
+    for name, value in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(png(value))
+        os.utime(tmp_path / name / "a.png", (0, value))
+    sizes = {(tmp_path / name / "a.png").stat().st_size for name in ("one", "two")}
+    assert len(sizes) == 1
+    write.run_pack(config(tmp_path / "out", source="imagefolder", path=str(tmp_path / "one")))
+    with pytest.raises(UserError, match=r"newest of 1970-01-01 00:00:01 UTC.* -> '1 files.*00:00:02 UTC"):
+        write.run_pack(config(tmp_path / "out", source="imagefolder", path=str(tmp_path / "two")))
