@@ -9,7 +9,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,15 @@ def write_store(folder: Path, x: np.ndarray, dtype: str = "fp32") -> None:
         keys = [str(start + row) for row in range(len(rows))]
         records.append(store.write_part(part, rows, keys, ["s"] * len(rows), range(len(rows))))
     store.commit(records)
+
+
+def list_records(location: str, kept: Sequence[np.ndarray], path: Path) -> str:
+    """Writes `path`, a list of the records at `location` where `kept` (bool, one array a shard) is true; returns it."""
+    from sslscale.shards.dataset import open_shards, write_filtered
+
+    parts = zip(open_shards(location).shards, kept, strict=True)
+    write_filtered(path, [info.without(np.flatnonzero(~mask).tolist()) for info, mask in parts])
+    return str(path)
 
 
 def hardware() -> dict[str, Any]:

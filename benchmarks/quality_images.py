@@ -1,10 +1,11 @@
 """Every image objective on digits and Fashion-MNIST at an equal budget: clusters, kNN and RankMe of the last epoch.
 
-The budget is one minute (digits) and ten minutes (Fashion-MNIST) of training on two cores. The recipes are the configs
-under configs/images/<dataset>/, one an objective; their epochs are what fits into the budget, and they were frozen
-before a label of the data that is measured was read. Labels are read only by the measures. Each run is one line of
---runs, so an interrupted benchmark goes on where it stopped, and a recipe that changed is run again. Every row is
-printed, raw pixels' too.
+The budget is one minute (digits) and ten minutes (Fashion-MNIST) of training on two cores; the table has each row's
+share of it. The recipes are the configs under configs/images/<dataset>/, one an objective; their epochs are what fits
+into the budget, and they were frozen before a label of the data that is measured was read. Labels are read only by the
+measures. K-means clusters all images of a dataset together, the test images among them; kNN is of the test images
+among the training images where there are such. Each run is one line of --runs, so an interrupted benchmark goes on
+where it stopped, and a recipe that changed is run again. Every row is printed, raw pixels' too, and what is missing.
 
     python benchmarks/quality_images.py [--datasets digits] [--recipes simclr dino] [--seeds 0 1 2]
 """
@@ -12,26 +13,42 @@ printed, raw pixels' too.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from common import RESULTS, write_result
+from sittings import (
+    Runs,
+    commits,
+    exit_on_sigterm,
+    over_budget,
+    recipe_hash,
+    run_pipeline,
+    show_missing,
+    without_training,
+)
 
 from sslscale.config import load_config
 from sslscale.features import open_features
 from sslscale.index.exact import SetReference, exact_knn
-from sslscale.rundir import RunDir, hash_json
+from sslscale.rundir import RunDir
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "images"
+BUDGETS = {"digits": 60.0, "fashion_mnist": 600.0}  # seconds of training on two cores
+PIXELS = "pixels"
+SEEDS = [0, 1, 2]
 NEIGHBOURS = 20
 COLUMNS = ("acc", "nmi", "ari", "knn", "rankme", "seconds")
+
+
+def recipes(dataset: str) -> dict[str, Path]:
+    """Name -> config; that of pixels is the base of all."""
+    own = {path.stem: path for path in sorted((CONFIGS / dataset).glob("*.yaml"))}
+    return {PIXELS: CONFIGS / f"{dataset}.yaml", **own}
 
 
 def knn_accuracy(run: Path) -> float:
@@ -44,47 +61,32 @@ def knn_accuracy(run: Path) -> float:
     found = exact_knn(queries.take(ids), own, SetReference(reference), NEIGHBOURS, "cosine")[1]
     labels, truth = reference.labels(), queries.labels()
     assert labels is not None and truth is not None
-    starts = np.cumsum([0, *(part.rows for part in reference.parts)])
-    votes = labels[starts[found >> 32] + (found & 0xFFFFFFFF)]
+    votes = labels[reference.positions(found)]
     return float(np.mean([np.bincount(vote).argmax() == label for vote, label in zip(votes, truth, strict=True)]))
 
 
-def recipe_hash(path: Path) -> str:
-    """Of what the recipe and its base say."""
-    recipe = yaml.safe_load(path.read_text())
-    return hash_json([recipe, yaml.safe_load((path.parent / recipe["base"]).read_text())])
-
-
-def measure(config: Path, seed: int, data: str) -> dict[str, dict[str, Any]]:
-    """The row of this recipe with this seed, and the one of raw pixels by the same code."""
+def measure(recipe: str, config: Path, seed: int, data: str) -> dict[str, Any]:
+    """One run's row."""
+    datasets = [f"datasets.{name}={data}/{name}" for name in load_config(str(config)).datasets]
+    features = without_training(config, PIXELS) if recipe == PIXELS else []
     with tempfile.TemporaryDirectory() as run:
-        command = [sys.executable, "-m", "sslscale.cli", "run", "-c", str(config), "--run", run, "--json"]
-        datasets = [f"datasets.{name}={data}/{name}" for name in load_config(str(config)).datasets]
-        overrides = [f"seed={seed}", f"pack.output={data}", *datasets, "baselines=[pixels]"]
-        done = subprocess.run([*command, *overrides], stdout=subprocess.PIPE, text=True, check=True)
-        results = json.loads(done.stdout.strip().splitlines()[-1])
-        trained = results["pretrain"]
-        return {
-            config.stem: {
-                **_clusters(results["cluster"]),
-                "knn": knn_accuracy(Path(run)),
-                "rankme": trained["measures"]["rankme"],
-                "seconds": trained["seconds"],
-                "epochs": trained["epochs"],
-            },
-            "pixels": {
-                **_clusters(results["baselines"]["pixels"]),
-                "knn": knn_accuracy(Path(run) / "baselines" / "pixels"),
-            },
-        }
-
-
-def _clusters(result: dict[str, Any]) -> dict[str, float]:
-    return {name: result["measures"][name] for name in ("acc", "nmi", "ari")}
+        results = run_pipeline(config, Path(run), [f"seed={seed}", f"pack.output={data}", *datasets, *features])
+        clusters = results["cluster"]["measures"]
+        row = {**{name: clusters[name] for name in ("acc", "nmi", "ari")}, "knn": knn_accuracy(Path(run))}
+    if recipe == PIXELS:
+        return row
+    trained = results["pretrain"]
+    return row | {
+        "rankme": trained["measures"].get("rankme"),
+        "seconds": trained["seconds"],
+        "epochs": trained["epochs"],
+    }
 
 
 def table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a dataset and recipe: mean and standard deviation over its seeds, and whether kNN is above pixels'."""
+    """One row a dataset and recipe: mean and standard deviation over its seeds, `budget_share`, the mean seconds by the
+    budget, and whether kNN is above pixels' (None where that is not known).
+    """
     rows = []
     for dataset, recipe in sorted({(line["dataset"], line["recipe"]) for line in lines}):
         own = [line for line in lines if (line["dataset"], line["recipe"]) == (dataset, recipe)]
@@ -93,47 +95,64 @@ def table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             values = [line[column] for line in own if line.get(column) is not None]
             row[column] = statistics.mean(values) if values else None
             row[f"{column}_stdev"] = statistics.stdev(values) if len(values) > 1 else None
-        pixels = [line["knn"] for line in lines if (line["dataset"], line["recipe"]) == (dataset, "pixels")]
-        row["knn_above_pixels"] = None if recipe == "pixels" else row["knn"] > statistics.mean(pixels)
+        row["budget_share"] = None if row["seconds"] is None else row["seconds"] / BUDGETS[dataset]
+        pixels = [line["knn"] for line in lines if (line["dataset"], line["recipe"]) == (dataset, PIXELS)]
+        compared = recipe != PIXELS and bool(pixels) and row["knn"] is not None
+        row["knn_above_pixels"] = row["knn"] > statistics.mean(pixels) if compared else None
         rows.append(row)
     return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'dataset':<14}{'recipe':<20}{'seeds':>5}" + "".join(f"{column:>10}" for column in COLUMNS))
-    for row in sorted(rows, key=lambda row: (row["dataset"], -row["acc"])):
-        values = "".join(f"{'' if row[column] is None else format(row[column], '.3f'):>10}" for column in COLUMNS)
-        below = "" if row["knn_above_pixels"] in (True, None) else "  kNN not above pixels"
-        print(f"{row['dataset']:<14}{row['recipe']:<20}{len(row['seeds']):>5}{values}{below}")
+    columns = (*COLUMNS, "budget_share")
+    print(f"{'dataset':<14}{'recipe':<20}{'seeds':>5}" + "".join(f"{column:>13}" for column in columns))
+    for row in sorted(rows, key=lambda row: (row["dataset"], -(row["acc"] or 0.0))):
+        values = "".join(f"{'' if row[column] is None else format(row[column], '.3f'):>13}" for column in columns)
+        below = "  kNN not above pixels" if row["knn_above_pixels"] is False else ""
+        print(
+            f"{row['dataset']:<14}{row['recipe']:<20}{len(row['seeds']):>5}{values}"
+            + below
+            + over_budget(row["budget_share"])
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--datasets", nargs="+", default=["digits", "fashion_mnist"])
-    parser.add_argument("--recipes", nargs="+", help="default: all of the dataset")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--datasets", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
+    parser.add_argument("--recipes", nargs="+", help="beside pixels; default: all of the dataset")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--runs", type=Path, default=RESULTS / "quality-images-runs.jsonl")
     arguments = parser.parse_args()
-    lines = [json.loads(line) for line in arguments.runs.read_text().splitlines()] if arguments.runs.is_file() else []
-    configs = {(path.parent.name, path.stem): (path, recipe_hash(path)) for path in sorted(CONFIGS.glob("*/*.yaml"))}
-    hashes = {key: digest for key, (_, digest) in configs.items()}
-    lines = [line for line in lines if line["config"] == hashes.get((line["dataset"], line["of"]))]
+    exit_on_sigterm()
+    runs = Runs(arguments.runs)
+    configs = {(dataset, recipe): path for dataset in BUDGETS for recipe, path in recipes(dataset).items()}
+    hashes = {(dataset, recipe): recipe_hash(path) for (dataset, recipe), path in configs.items()}
+    whole = [
+        ({"dataset": dataset, "recipe": recipe, "seed": seed}, digest)
+        for seed in dict.fromkeys([*SEEDS, *arguments.seeds])
+        for (dataset, recipe), digest in hashes.items()
+        if dataset in arguments.datasets
+    ]
     with tempfile.TemporaryDirectory() as temporary:
-        for seed in arguments.seeds:
-            for (dataset, recipe), (config, digest) in configs.items():
-                wanted = dataset in arguments.datasets and recipe in (arguments.recipes or [recipe])
-                known = {(line["dataset"], line["recipe"], line["seed"]) for line in lines}
-                if not wanted or (dataset, recipe, seed) in known:
-                    continue
-                for name, row in measure(config, seed, f"{temporary}/{dataset}").items():
-                    if (dataset, name, seed) not in known:
-                        line = {"dataset": dataset, "recipe": name, "seed": seed, "of": recipe, "config": digest, **row}
-                        print(json.dumps(line), file=sys.stderr)
-                        lines.append(line)
-                arguments.runs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = table(lines)
-    write_result("quality-images", {"what": "frozen features of every image objective, k-means with 10", "table": rows})
+        for key, digest in whole:
+            dataset, recipe, seed = key["dataset"], key["recipe"], key["seed"]
+            if seed in arguments.seeds and recipe in (PIXELS, *(arguments.recipes or [recipe])):
+                config, data = configs[dataset, recipe], f"{temporary}/{dataset}"
+                runs.attempt(key, digest, partial(measure, recipe, config, seed, data))
+    lines = runs.measured(hashes)
+    rows, missing = table(lines), runs.missing(whole)
+    write_result(
+        "quality-images",
+        {
+            "what": "frozen features of every image objective, k-means with 10",
+            "budget_seconds": BUDGETS,
+            "commits": commits(lines),
+            "missing": missing,
+            "table": rows,
+        },
+    )
     show(rows)
+    show_missing(missing)
 
 
 if __name__ == "__main__":
