@@ -15,13 +15,14 @@ import typer
 from sslscale import __version__
 from sslscale.errors import EXIT_FAILED, EXIT_SIGINT, Interrupted, UserError
 from sslscale.options import (
-    WORKERS,
     Address,
     ConfigFile,
+    DryRun,
     Json,
     Limit,
     Name,
     Overrides,
+    Overwrite,
     RunPath,
     RuntimeKind,
     Verbose,
@@ -29,9 +30,8 @@ from sslscale.options import (
     config_of,
     refuse,
     runtime_of,
-    with_options,
 )
-from sslscale.rundir import MAIN
+from sslscale.rundir import MAIN, NAMED
 
 if TYPE_CHECKING:
     from sslscale.config import RunConfig
@@ -45,23 +45,27 @@ app = typer.Typer(
 )
 
 
-def _stage_command(verb: str, help: str, options: tuple[str, ...]) -> None:
-    """Adds the verb of one stage, or `run` for all of them, with these options beside those of every verb."""
+def _stage_command(verb: str, help: str) -> None:
+    """Adds the verb of one stage, or `run` for all of them. All take the same options."""
 
     def command(
-        overrides: list[str] | None,
-        config: Path | None,
-        run: str | None,
-        dry_run: bool,
-        as_json: bool,
-        verbose: bool,
-        name: str = MAIN,
-        overwrite: bool = False,
-        **flags: Any,
+        overrides: Overrides = None,
+        config: ConfigFile = None,
+        run: RunPath = None,
+        runtime: WorkRuntime = None,
+        address: Address = None,
+        name: Name = MAIN,
+        overwrite: Overwrite = False,
+        dry_run: DryRun = False,
+        limit: Limit = None,
+        as_json: Json = False,
+        verbose: Verbose = False,
     ) -> None:
         from sslscale.pipeline import planned_stages, preflight, run_stages
 
-        settings = config_of(config, run, overrides, **flags)
+        if name != MAIN and verb not in (*NAMED, "run", "report"):
+            refuse(", ".join(NAMED), name=name)
+        settings = config_of(config, run, overrides, runtime=runtime, address=address, limit=limit)
         stages = planned_stages(settings) if verb == "run" else [verb]
         if dry_run:
             preflight(stages, settings, name)
@@ -72,25 +76,19 @@ def _stage_command(verb: str, help: str, options: tuple[str, ...]) -> None:
         )
         _show(verb, settings, results, as_json)
 
-    app.command(verb, help=help)(with_options(command, options))
+    app.command(verb, help=help)(command)
 
 
-_stage_command("pack", "Write a source's samples into tar shards.", ("overwrite",))
-_stage_command(
-    "dedup", "Find samples that are duplicates, and list the shards without them.", (*WORKERS, "name", "limit")
-)
-_stage_command("pretrain", "Train a backbone by self-supervision.", (*WORKERS, "limit"))
-_stage_command("embed", "Run a backbone over shards, into feature parts.", (*WORKERS, "limit"))
-_stage_command("index", "Build a FAISS index over the features.", (*WORKERS, "name"))
-_stage_command("cluster", "Cluster the features.", (*WORKERS, "name"))
-_stage_command("anomaly", "Score every sample by its distance to its nearest neighbours.", (*WORKERS, "name"))
-_stage_command(
-    "reduce",
-    "Measure what compression keeps of the features, and map them in two dimensions.",
-    ("overwrite", "name"),
-)
-_stage_command("report", "Write the report of a run, one HTML file.", ("name",))
-_stage_command("run", "All stages that the config has a section for, in order.", (*WORKERS, "name", "limit"))
+_stage_command("pack", "Write a source's samples into tar shards.")
+_stage_command("dedup", "Find samples that are duplicates, and list the shards without them.")
+_stage_command("pretrain", "Train a backbone by self-supervision.")
+_stage_command("embed", "Run a backbone over shards, into feature parts.")
+_stage_command("index", "Build a FAISS index over the features.")
+_stage_command("cluster", "Cluster the features.")
+_stage_command("anomaly", "Score every sample by its distance to its nearest neighbours.")
+_stage_command("reduce", "Measure what compression keeps of the features, and map them in two dimensions.")
+_stage_command("report", "Write the report of a run, one HTML file.")
+_stage_command("run", "All stages that the config has a section for, in order.")
 
 
 @app.command()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +10,7 @@ import typer
 
 from sslscale import storage
 from sslscale.errors import UserError
-from sslscale.rundir import MAIN, check_name
+from sslscale.rundir import check_name
 
 if TYPE_CHECKING:
     from sslscale.config import RunConfig
@@ -38,39 +36,9 @@ Address = Annotated[
 Name = Annotated[str, typer.Option(callback=check_name, help="name of the answer, so that one run can hold several")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what was made with other settings")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and the stages, and start nothing")]
-Limit = Annotated[int | None, typer.Option(min=1, help="use at most so many samples of a dataset")]
+Limit = Annotated[int | None, typer.Option(min=1, help="read at most so many samples of a dataset")]
 Json = Annotated[bool, typer.Option("--json", help="the result as one JSON object on the last line of stdout")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="tracebacks, and the workers' own output")]
-
-# What every verb of a stage takes, and what it takes of the rest.
-_OF_ALL = {
-    "overrides": (Overrides, None),
-    "config": (ConfigFile, None),
-    "run": (RunPath, None),
-    "dry_run": (DryRun, False),
-    "as_json": (Json, False),
-    "verbose": (Verbose, False),
-}
-_OF_SOME = {
-    "runtime": (WorkRuntime, None),
-    "address": (Address, None),
-    "name": (Name, MAIN),
-    "overwrite": (Overwrite, False),
-    "limit": (Limit, None),
-}
-WORKERS = ("runtime", "address", "overwrite")
-
-
-def with_options(command: Callable[..., None], options: Iterable[str]) -> Callable[..., None]:
-    """`command` as typer is to see it: with the options of every stage's verb, and these of _OF_SOME."""
-    taken = _OF_ALL | {option: _OF_SOME[option] for option in options}
-    parameters = [
-        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for option, (annotation, default) in taken.items()
-    ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {option: annotation for option, (annotation, _) in taken.items()}
-    return command
 
 
 def config_of(
