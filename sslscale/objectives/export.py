@@ -20,6 +20,7 @@ from sslscale.config import AugmentConfig, validate
 from sslscale.errors import UserError
 from sslscale.models.base import Encoder
 from sslscale.models.export import load_backbone, read_backbone_meta
+from sslscale.models.initial import initial_run
 from sslscale.objectives import build_objective
 from sslscale.objectives.base import Objective
 from sslscale.objectives.teacher import TeacherObjective
@@ -90,14 +91,15 @@ def load_objective(folder: Path, backbone: Encoder | None = None) -> Objective:
 
 
 @torch.no_grad()
-def load_heads(objective: Objective, run: Path) -> str | None:
-    """Gives the objective, or each of its parts, the heads that the same one was trained with in `run`.
+def load_heads(objective: Objective, source: str | None) -> str | None:
+    """Gives the objective, or each of its parts, the heads that the same one was trained with in the run at `source`.
 
-    The same is who has the same name and settings. Returns the sha256 of the export that heads were taken of, None
-    where there were none. What an objective sets itself before the first step comes after.
+    The same is who has the same name and settings; weights alone come without heads. Returns the sha256 of the export
+    that heads were taken of, None where there were none. What an objective sets before the first step comes after.
     """
-    folder = run / "pretrain" / "objective"
-    if read_objective_meta(folder) is None:
+    run = None if source is None else initial_run(source)
+    folder = run and run / "pretrain" / "objective"
+    if folder is None or read_objective_meta(folder) is None:
         return None
     theirs, taken = load_objective(folder), False
     for part in objective.parts:

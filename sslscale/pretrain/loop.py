@@ -29,9 +29,9 @@ from sslscale.config import PretrainConfig, RunConfig
 from sslscale.errors import StageError
 from sslscale.models.base import Encoder
 from sslscale.models.export import build_backbone, copy_backbone
-from sslscale.models.initial import initial_run, load_weights
+from sslscale.models.initial import load_weights
 from sslscale.objectives import build_objective
-from sslscale.objectives.base import Moment, Objective
+from sslscale.objectives.base import Moment
 from sslscale.objectives.export import copy_objective, load_heads
 from sslscale.pretrain.checkpoint import Checkpoints, TrainState
 from sslscale.pretrain.corpus import CorpusTools, TrainingCorpus
@@ -73,12 +73,6 @@ def initial_backbone(config: PretrainConfig, folder: Path) -> Encoder:
     return backbone
 
 
-def initial_heads(config: PretrainConfig, objective: Objective) -> str | None:
-    """Gives the objective the heads of the run that `init_from` is, see `load_heads`; weights alone have none."""
-    run = None if config.init_from is None else initial_run(config.init_from)
-    return None if run is None else load_heads(objective, run)
-
-
 class Trainer:
     """One rank of a pretraining run. torch.distributed is initialised by whoever launched this process.
 
@@ -109,7 +103,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         backbone = initial_backbone(self.config, folder)
         objective = build_objective(self.config.objective, backbone, self.config.views)
-        initial_heads(self.config, objective)
+        load_heads(objective, self.config.init_from)
         self.objective = objective.to(self.device)
         channels, input_size = self.config.backbone.channels, self.config.backbone.input_size(self.config.views)
         self.reader = backbone.reader(channels, self.config.load_size or input_size)

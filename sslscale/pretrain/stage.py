@@ -68,12 +68,12 @@ def _initial_weights(config: PretrainConfig) -> dict[str, str]:
     from sslscale.models.export import build_backbone
     from sslscale.models.initial import hash_weights, load_weights
     from sslscale.objectives import build_objective
-    from sslscale.pretrain.loop import initial_heads
+    from sslscale.objectives.export import load_heads
 
     found = {"init_from": hash_weights(config.init_from, config.backbone)}
     backbone = build_backbone(config.backbone)
     load_weights(backbone, config.init_from)
-    heads = initial_heads(config, build_objective(config.objective, backbone, config.views))
+    heads = load_heads(build_objective(config.objective, backbone, config.views), config.init_from)
     return found if heads is None else {**found, "heads": heads}
 
 
