@@ -30,7 +30,7 @@ from sittings import (
     exit_on_sigterm,
     over_budget,
     recipe_hash,
-    run_pipeline,
+    run_verb,
     show_missing,
     without_training,
 )
@@ -98,12 +98,12 @@ def measure(recipe: str, config: Path, seed: int, normal: int, data: Path, more:
         if recipe == NEAREST:
             scored = f"{{method: exact, datasets: [test], reference: [train], k: {NEIGHBOURS}, metric: l2}}"
             overrides += [*without_training(config, "pixels"), *FITTED, f"anomaly={scored}"]
-            results = run_pipeline(config, run, [*overrides, f"anomaly.normal_labels=[{normal}]"])
+            results = run_verb("run", config, run, [*overrides, f"anomaly.normal_labels=[{normal}]"])
             return {"auroc": results["anomaly"]["measures"]["auroc"]}
         if recipe == DENSITY:
-            run_pipeline(config, run, [*overrides, *without_training(config, "hog"), *FITTED])
+            run_verb("run", config, run, [*overrides, *without_training(config, "hog"), *FITTED])
             return {"auroc": density_auroc(run, normal)}
-        results = run_pipeline(config, run, [*overrides, f"anomaly.normal_labels=[{normal}]", *more])
+        results = run_verb("run", config, run, [*overrides, f"anomaly.normal_labels=[{normal}]", *more])
     trained, embedded = results["pretrain"], results["embed"]["test"]
     return {
         "auroc": results["anomaly"]["measures"]["auroc"],

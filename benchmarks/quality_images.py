@@ -3,8 +3,8 @@
 The budget is one minute (digits) and ten minutes (Fashion-MNIST) of training on two cores; the table has each row's
 share of it. The recipes are the configs under configs/images/<dataset>/, one an objective; their epochs are what fits
 into the budget, and they were frozen before a label of the data that is measured was read. Labels are read only by the
-measures. K-means clusters all images of a dataset together, the test images among them; kNN is of the test images
-among the training images where there are such. Each run is one line of --runs, so an interrupted benchmark goes on
+measures. K-means clusters all images of a dataset together, the test images among them, and spectral clustering of the
+kNN graph does beside it where N allows; kNN is of the test images among the training images where there are such. Each run is one line of --runs, so an interrupted benchmark goes on
 where it stopped, and a recipe that changed is run again. Every row is printed, raw pixels' too, and what is missing.
 
     python benchmarks/quality_images.py [--datasets digits] [--recipes simclr dino] [--seeds 0 1 2]
@@ -27,11 +27,12 @@ from sittings import (
     exit_on_sigterm,
     over_budget,
     recipe_hash,
-    run_pipeline,
+    run_verb,
     show_missing,
     without_training,
 )
 
+from sslscale.cluster.others import MAX_ROWS
 from sslscale.config import load_config
 from sslscale.features import open_features
 from sslscale.index.exact import SetReference, exact_knn
@@ -42,7 +43,7 @@ BUDGETS = {"digits": 60.0, "fashion_mnist": 600.0}  # seconds of training on two
 PIXELS = "pixels"
 SEEDS = [0, 1, 2]
 NEIGHBOURS = 20
-COLUMNS = ("acc", "nmi", "ari", "knn", "rankme", "seconds")
+COLUMNS = ("acc", "nmi", "ari", "spectral_acc", "spectral_nmi", "spectral_ari", "knn", "rankme", "seconds")
 
 
 def recipes(dataset: str) -> dict[str, Path]:
@@ -70,9 +71,12 @@ def measure(recipe: str, config: Path, seed: int, data: str) -> dict[str, Any]:
     datasets = [f"datasets.{name}={data}/{name}" for name in load_config(str(config)).datasets]
     features = without_training(config, PIXELS) if recipe == PIXELS else []
     with tempfile.TemporaryDirectory() as run:
-        results = run_pipeline(config, Path(run), [f"seed={seed}", f"pack.output={data}", *datasets, *features])
-        clusters = results["cluster"]["measures"]
-        row = {**{name: clusters[name] for name in ("acc", "nmi", "ari")}, "knn": knn_accuracy(Path(run))}
+        overrides = [f"seed={seed}", f"pack.output={data}", *datasets, *features]
+        results = run_verb("run", config, Path(run), overrides)
+        row = {**_against_labels(results["cluster"]), "knn": knn_accuracy(Path(run))}
+        if results["cluster"]["num_samples"] <= MAX_ROWS["spectral"]:
+            again = run_verb("cluster", config, Path(run), [*overrides, "cluster.method=spectral", "--overwrite"])
+            row |= {f"spectral_{name}": value for name, value in _against_labels(again).items()}
     if recipe == PIXELS:
         return row
     trained = results["pretrain"]
@@ -81,6 +85,10 @@ def measure(recipe: str, config: Path, seed: int, data: str) -> dict[str, Any]:
         "seconds": trained["seconds"],
         "epochs": trained["epochs"],
     }
+
+
+def _against_labels(clusters: dict[str, Any]) -> dict[str, float]:
+    return {name: clusters["measures"][name] for name in ("acc", "nmi", "ari")}
 
 
 def table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

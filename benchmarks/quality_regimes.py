@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from common import RESULTS, list_records, write_result
 from regimes_table import ALONE, BUDGETS, PRIMARY, START, show, table
-from sittings import Runs, commits, exit_on_sigterm, recipe_hash, run_pipeline, show_missing, without_training
+from sittings import Runs, commits, exit_on_sigterm, recipe_hash, run_verb, show_missing, without_training
 
 from sslscale.cluster.kernels import nearest_centroid
 from sslscale.cluster.measures import label_measures
@@ -135,7 +135,7 @@ def measure(row: Row, seed: int, data: Path, run: Path | None, start: Path | Non
         overrides += RESUMABLE
     if start is not None:
         overrides.append(f"pretrain.init_from={start}")
-    results = run_pipeline(row.config, run, overrides)
+    results = run_verb("run", row.config, run, overrides)
     clusters = results["cluster"]
     found = {
         **_against_labels(clusters.get("datasets", {}).get("train", clusters)["measures"]),

@@ -48,9 +48,9 @@ class RunFailed(Exception):
     """A run ended badly; the message is its exit status and the tail of what it said."""
 
 
-def run_pipeline(config: Path, run: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """`sslscale run` of a config, in a process of its own: the result of each stage. Raises RunFailed."""
-    command = [sys.executable, "-m", "sslscale.cli", "run", "-c", str(config), "--run", str(run), "--json"]
+def run_verb(verb: str, config: Path, run: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """`sslscale VERB` with a config, in a process of its own: its result (`run`: of each stage). Raises RunFailed."""
+    command = [sys.executable, "-m", "sslscale.cli", verb, "-c", str(config), "--run", str(run), "--json"]
     return json.loads(output_of([*command, *overrides]).splitlines()[-1])
 
 

@@ -47,11 +47,16 @@ class _GatheredBatchNorm(torch.autograd.Function):
         dist.all_reduce(sums)
         count = x.numel() // x.shape[1] * world_size()
         scale = weight * torch.rsqrt(var + ctx.eps)
+        slope, offset = -scale * sums[1] / count, -scale * sums[0] / count  # of what is not g, over x'
         zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-        own = F.batch_norm(gradient, zeros, ones, scale, zeros, training=False, eps=0.0)
-        slope, offset = -scale * sums[1] / count, -scale * sums[0] / count  # of the rest, over x'
-        rest = F.batch_norm(x, mean, var, slope, offset, training=False, eps=ctx.eps)
-        return own.add_(rest), grad_weight, grad_bias, None
+        if gradient.dtype != weight.dtype:  # addcmul_ would copy both maps to weight's precision
+            own = F.batch_norm(gradient, zeros, ones, scale, zeros, training=False, eps=0.0)
+            rest = F.batch_norm(x, mean, var, slope, offset, training=False, eps=ctx.eps)
+            return own.add_(rest), grad_weight, grad_bias, None
+        slope = slope * torch.rsqrt(var + ctx.eps)  # over x
+        own = F.batch_norm(gradient, zeros, ones, scale, offset - slope * mean, training=False, eps=0.0)
+        own.addcmul_(x, slope.view(-1, *[1] * (x.dim() - 2)))
+        return own, grad_weight, grad_bias, None
 
 
 class _Gathered:

@@ -98,7 +98,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
         return SGD(ordered, lr=config.lr, momentum=config.momentum)
     if config.name == "lars":
         return LARS(ordered, lr=config.lr, momentum=config.momentum, trust_coefficient=config.trust_coefficient)
-    return AdamW(ordered, lr=config.lr, betas=config.betas)
+    return AdamW(ordered, lr=config.lr, betas=config.betas, fused=True)
 
 
 def _layer_scales(module: nn.Module, decay: float) -> dict[str, float]:

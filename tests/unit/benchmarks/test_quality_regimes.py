@@ -67,13 +67,13 @@ def test_a_later_sitting_with_other_seeds_makes_no_more_of_c():
 def test_a_run_in_a_kept_folder_can_go_on_and_starts_from_the_folder_of_its_start(monkeypatch, tmp_path):
     given = {}
 
-    def run_pipeline(config, run, overrides):
+    def run_verb(verb, config, run, overrides):
         given.update(override.split("=", 1) for override in overrides)
         measures = dict.fromkeys(("acc", "nmi", "ari", "silhouette"), 0.5)
         trained = {"measures": {"rankme": 9.0}, "seconds": 60.0, "epochs": 2.0}
         return {"cluster": {"measures": measures, "datasets": {"train": {"measures": measures}}}, "pretrain": trained}
 
-    monkeypatch.setattr(quality_regimes, "run_pipeline", run_pipeline)
+    monkeypatch.setattr(quality_regimes, "run_verb", run_verb)
     monkeypatch.setattr(quality_regimes, "located", lambda config, data: ["pack=null"])
     monkeypatch.setattr(quality_regimes, "test_row", lambda run: {"test_nmi": 0.4})
     rows = quality_regimes.rows_of("digits")
