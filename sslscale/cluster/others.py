@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.cluster import HDBSCAN, AgglomerativeClustering, SpectralClustering
+from scipy.sparse import csr_array, diags_array
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import LinearOperator, eigsh
+from sklearn.cluster import HDBSCAN, AgglomerativeClustering, k_means
 from sklearn.mixture import GaussianMixture
+from sklearn.neighbors import kneighbors_graph
 
 from sslscale.errors import StageError, UserError
 
 # Rows that a method still handles in minutes and within a few GB.
-MAX_ROWS = {"hdbscan": 50_000, "gmm": 500_000, "spectral": 20_000, "ward": 20_000}
-SPECTRAL_NEIGHBOURS = 10
+MAX_ROWS = {"hdbscan": 50_000, "gmm": 500_000, "spectral": 200_000, "ward": 20_000}
+SPECTRAL_NEIGHBOURS = 9  # beside the row itself, as scikit-learn counts ten
+EIGEN_TOLERANCE = 1e-6
 NOISE = -1
 
 
@@ -41,17 +46,36 @@ def fit_labels(x: np.ndarray, method: str, num_clusters: int, num_init: int, see
         mixture = GaussianMixture(num_clusters, covariance_type="diag", n_init=num_init, random_state=seed)
         labels = mixture.fit_predict(centred)
     elif method == "spectral":
-        labels = SpectralClustering(
-            num_clusters,
-            affinity="nearest_neighbors",
-            n_neighbors=min(SPECTRAL_NEIGHBOURS, len(x)),
-            n_init=num_init,
-            random_state=seed,
-        ).fit_predict(x)
+        rows = spectral_embedding(x, num_clusters, seed)
+        labels = k_means(rows, num_clusters, n_init=num_init, random_state=seed)[1]
     else:
         assert method == "ward", method
         labels = AgglomerativeClustering(num_clusters, linkage="ward").fit_predict(x)
     return labels.astype(np.int32)
+
+
+def spectral_embedding(x: np.ndarray, dim: int, seed: int) -> np.ndarray:
+    """(n, dim): the first eigenvectors of the random walk on the symmetric kNN graph of the rows of x (n, D).
+
+    Shi & Malik 2000 (https://doi.org/10.1109/34.868688); the same rows as scikit-learn's SpectralClustering, which
+    finds them by a sparse factorisation of the graph, whose size grows much faster than the graph's; here they come
+    from products with the graph alone. Where the graph has more parts than `dim`, the largest count.
+    """
+    graph = csr_array(kneighbors_graph(x, min(SPECTRAL_NEIGHBOURS, len(x) - 1)))
+    graph = (graph + graph.T) / 2
+    root = np.sqrt(graph.sum(axis=1))
+    walk = diags_array(1 / root) @ graph @ diags_array(1 / root)
+    # Eigenvalue 1 has a vector for each part of the graph. Lanczos finds one of them; but they are known.
+    parts = connected_components(graph)[1]
+    largest = np.argsort(-np.bincount(parts, weights=root**2), kind="stable")[:dim]
+    known = root[:, None] * (parts[:, None] == largest)
+    known /= np.linalg.norm(known, axis=0)
+    if len(largest) == dim:
+        return known / root[:, None]
+    others = LinearOperator(walk.shape, lambda v: walk @ v - known @ (known.T @ v), dtype=np.float64)
+    start = np.random.default_rng(seed).uniform(-1, 1, len(x))
+    _, found = eigsh(others, k=dim - len(largest), which="LA", v0=start, tol=EIGEN_TOLERANCE)
+    return np.hstack([known, found]) / root[:, None]
 
 
 def means(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
