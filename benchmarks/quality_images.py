@@ -4,8 +4,9 @@ The budget is one minute (digits) and ten minutes (Fashion-MNIST) of training on
 share of it. The recipes are the configs under configs/images/<dataset>/, one an objective; their epochs are what fits
 into the budget, and they were frozen before a label of the data that is measured was read. Labels are read only by the
 measures. K-means clusters all images of a dataset together, the test images among them, and spectral clustering of the
-kNN graph does beside it where N allows; kNN is of the test images among the training images where there are such. Each run is one line of --runs, so an interrupted benchmark goes on
-where it stopped, and a recipe that changed is run again. Every row is printed, raw pixels' too, and what is missing.
+kNN graph does beside it where N allows; kNN is of the test images among the training images where there are such. Each
+run is one line of --runs, so an interrupted benchmark goes on where it stopped, and a recipe that changed is run again.
+Every row is printed, raw pixels' too, and what is missing.
 
     python benchmarks/quality_images.py [--datasets digits] [--recipes simclr dino] [--seeds 0 1 2]
 """
