@@ -82,6 +82,7 @@ def config(case: str, data: Path) -> RunConfig:
             *(f"datasets.train={data}", "limit=200", "pretrain.epochs=null", f"pretrain.steps={STEPS}"),
             *("pretrain.global_batch=32", "pretrain.num_streams=4", "pretrain.precision=fp32", "pretrain.log_every=1"),
             *("pretrain.trace_samples=true", "pretrain.evaluate_every=0", "pretrain.evaluate_samples=32"),
+            "pretrain.optimizer.lr=2e-3",  # rounding grows with the rate, and losses are compared to 1e-5
             *(f"pretrain.checkpoint_every={STEPS - SECOND_STOP}", "pretrain.keep_checkpoints=9"),
             "pretrain.backbone.kwargs={layers: [1, 1, 1, 1], channels: [8, 8, 16, 16], stem_type: deep, stem_width: 4}",
             *CASES[case],
