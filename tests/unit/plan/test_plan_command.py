@@ -22,7 +22,8 @@ MACHINE = Machine(ranks_per_node=2, link=1e9, network=1e9, store=1e9)
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("plan")
     overrides = [f"pack.output={folder / 'data'}", f"datasets.train={folder / 'data' / 'train'}", "pack.workers=1"]
-    overrides += [f"run={folder / 'run'}", f"pretrain.backbone={{{TINY}}}", "pretrain.epochs=4", "pretrain.global_batch=512"]
+    overrides += [f"run={folder / 'run'}", f"pretrain.backbone={{{TINY}}}", "pretrain.epochs=4"]
+    overrides.append("pretrain.global_batch=512")
     config = load_config(QUICKSTART, overrides)
     assert config.pack is not None
     run_pack(config.pack)
