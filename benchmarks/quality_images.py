@@ -24,6 +24,7 @@ import numpy as np
 from common import RESULTS, write_result
 from sittings import (
     Runs,
+    against_labels,
     commits,
     exit_on_sigterm,
     over_budget,
@@ -74,10 +75,10 @@ def measure(recipe: str, config: Path, seed: int, data: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as run:
         overrides = [f"seed={seed}", f"pack.output={data}", *datasets, *features]
         results = run_verb("run", config, Path(run), overrides)
-        row = {**_against_labels(results["cluster"]), "knn": knn_accuracy(Path(run))}
+        row = {**against_labels(results["cluster"]["measures"]), "knn": knn_accuracy(Path(run))}
         if results["cluster"]["num_samples"] <= MAX_ROWS["spectral"]:
             again = run_verb("cluster", config, Path(run), [*overrides, "cluster.method=spectral", "--overwrite"])
-            row |= {f"spectral_{name}": value for name, value in _against_labels(again).items()}
+            row |= against_labels(again["measures"], "spectral_")
     if recipe == PIXELS:
         return row
     trained = results["pretrain"]
@@ -86,10 +87,6 @@ def measure(recipe: str, config: Path, seed: int, data: str) -> dict[str, Any]:
         "seconds": trained["seconds"],
         "epochs": trained["epochs"],
     }
-
-
-def _against_labels(clusters: dict[str, Any]) -> dict[str, float]:
-    return {name: clusters["measures"][name] for name in ("acc", "nmi", "ari")}
 
 
 def table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -34,7 +34,16 @@ from typing import Any
 import numpy as np
 from common import RESULTS, list_records, write_result
 from regimes_table import ALONE, BUDGETS, PRIMARY, START, show, table
-from sittings import Runs, commits, exit_on_sigterm, recipe_hash, run_verb, show_missing, without_training
+from sittings import (
+    Runs,
+    against_labels,
+    commits,
+    exit_on_sigterm,
+    recipe_hash,
+    run_verb,
+    show_missing,
+    without_training,
+)
 
 from sslscale.cluster.kernels import nearest_centroid
 from sslscale.cluster.measures import label_measures
@@ -138,7 +147,7 @@ def measure(row: Row, seed: int, data: Path, run: Path | None, start: Path | Non
     results = run_verb("run", row.config, run, overrides)
     clusters = results["cluster"]
     found = {
-        **_against_labels(clusters.get("datasets", {}).get("train", clusters)["measures"]),
+        **against_labels(clusters.get("datasets", {}).get("train", clusters)["measures"]),
         **test_row(run),
         "silhouette": clusters["measures"]["silhouette"],
     }
@@ -146,10 +155,6 @@ def measure(row: Row, seed: int, data: Path, run: Path | None, start: Path | Non
         trained = results["pretrain"]
         found |= {**trained["measures"], "seconds": trained["seconds"], "epochs": trained["epochs"]}
     return found
-
-
-def _against_labels(measures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    return {f"{prefix}{name}": measures[name] for name in ("acc", "nmi", "ari")}
 
 
 def test_row(run: Path) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def test_row(run: Path) -> dict[str, Any]:
         assigned = nearest_centroid(rows, np.load(folder / "centroids.npy"))
     kept = assigned[sample_positions(len(assigned), COMPARED_SAMPLES, seed=0)]
     return {
-        **_against_labels(label_measures(truth, assigned), "test_"),
+        **against_labels(label_measures(truth, assigned), "test_"),
         "clusters": "".join(np.base_repr(cluster, 36) for cluster in kept),
     }
 

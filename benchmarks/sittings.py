@@ -109,6 +109,11 @@ def without_training(config: Path, features: str) -> list[str]:
     return ["pretrain=null", f"embed.backbone={features}", "embed.normalize=false", *images]
 
 
+def against_labels(measures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """What a table has of a clustering's `measures` with labels."""
+    return {f"{prefix}{name}": measures[name] for name in ("acc", "nmi", "ari")}
+
+
 class Runs:
     """The lines in a file, or in memory only where `path` is None."""
 
