@@ -16,6 +16,11 @@ Handle = TypeVar("Handle", bound=Hashable)
 
 _BACKOFF_SECONDS = 0.1
 _LONGEST_BACKOFF_SECONDS = 5.0
+_LOST_AT_WORK = "look for the out-of-memory killer (dmesg)"
+_LOST_AT_START = (
+    'what it printed is above; a script of your own calls sslscale under `if __name__ == "__main__":`, since its '
+    "workers import it; else look for the out-of-memory killer (dmesg)"
+)
 AHEAD = 2  # items a worker that may be given out beyond the oldest that is not finished, where results are ordered
 
 
@@ -143,15 +148,15 @@ class DispatchPool(abc.ABC, Generic[Handle]):
         """Waits a little, longer each time; raises StageError when it happened too often."""
         if task is None:
             self._failed_starts += 1
-            losses, where = self._failed_starts, "before it was ready"
+            losses, where, cause = self._failed_starts, "before it was ready", _LOST_AT_START
         else:
             task.losses += 1
-            losses, where = task.losses, f"at item {task.index}"
+            losses, where, cause = task.losses, f"at item {task.index}", _LOST_AT_WORK
         if losses > self._max_retries:
             raise StageError(
                 f"a worker was lost {where}, and so was each that replaced it",
                 got=f"{losses} lost",
                 allowed=f"{self._max_retries} (runtime.max_retries)",
-                fix="look for the out-of-memory killer (dmesg); what is finished is kept, so the same command goes on",
+                fix=f"{cause}; what is finished is kept, so the same command goes on",
             )
         time.sleep(min(_BACKOFF_SECONDS * 2 ** (losses - 1), _LONGEST_BACKOFF_SECONDS))

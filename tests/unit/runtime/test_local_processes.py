@@ -114,3 +114,17 @@ def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert {seen for _, seen in pool.map("die_of", ["5"] * 4, str(tmp_path))} == {"3", "5"}
     assert (tmp_path / "died").exists()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+def test_a_script_that_its_own_workers_run_again_is_told_how_to_be_written(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from collections import Counter\n"
+        "from sslscale.runtime.local import LocalRuntime\n"
+        "with LocalRuntime(max_retries=0).pool(Counter, {}, 2) as pool:\n"
+        "    list(pool.map('total', [1, 2]))\n"
+    )
+    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert found.returncode != 0
+    assert "before it was ready" in found.stderr
+    assert 'if __name__ == "__main__":' in found.stderr
