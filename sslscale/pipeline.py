@@ -11,7 +11,7 @@ import contextlib
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from sslscale import lease, storage
@@ -196,8 +196,10 @@ def preflight(stages: Iterable[str], config: RunConfig, name: str = MAIN) -> Non
     if "pretrain" in stages and config.pretrain is not None:
         from sslscale.pretrain.stage import check_settings
 
-        trained = check_settings(config)
-        width = trained if config.embed.backbone == "pretrain" and config.embed.output == "pooled" else None
+        objective = check_settings(config)
+        if config.embed.backbone == "pretrain":
+            width = objective.backbone.feature_dim if config.embed.output == "pooled" else None
+            _check_given(config, stages, objective.further_outputs)
     if "embed" in stages:
         for dataset in config.embed.datasets:
             check_dataset(config, dataset)
@@ -222,6 +224,19 @@ def preflight(stages: Iterable[str], config: RunConfig, name: str = MAIN) -> Non
         check_method(config.reduce.map)
     if stages == ["report"]:
         _check_answers(config.run, name)
+
+
+def _check_given(config: RunConfig, stages: Collection[str], outputs: Collection[str]) -> None:
+    """UserError for an answer that is to be the objective's own, where it gives none."""
+    for stage, wanted in (("cluster", "cluster_probs"), ("anomaly", "score")):
+        section = getattr(config, stage) if stage in stages else None
+        if section is not None and section.method == "objective" and wanted not in outputs:
+            assert config.pretrain is not None
+            raise UserError(
+                f"{stage}.method=objective takes what the pretraining objective gives, and it gives no {wanted}",
+                got=f"pretrain.objective.name={config.pretrain.objective['name']}",
+                fix=f"set another {stage}.method, or pretrain with an objective that gives it",
+            )
 
 
 def _check_backbone(config: RunConfig) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from sslscale import storage
 from sslscale.errors import StageError, UserError
-from sslscale.lease import Lease
+from sslscale.lease import Lease, lost
 from sslscale.storage import write_atomic
 
 FORMAT_VERSION = 1
@@ -219,6 +219,7 @@ class RunDir:
         What it returns, such as the command, is kept in the stage.json of a stage that is new.
         """
         self._lease: Lease | None = None
+        self._begun: list[Path] = []
 
     @classmethod
     def reading(cls, location: str | Path) -> RunDir:
@@ -241,9 +242,17 @@ class RunDir:
         storage.pull(self.path)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         assert self._lease is not None
+        if isinstance(error, UserError) and not lost():
+            self._withdraw()
         self._lease.release()
+
+    def _withdraw(self) -> None:
+        """Removes the stages that were begun here and have made nothing: the settings that were refused bind no other."""
+        for path in self._begun:
+            if [entry.name for entry in path.iterdir()] == ["stage.json"]:
+                discard(path)
 
     def stage_path(self, kind: str, name: str | None = None) -> Path:
         return self.path / kind / name if name else self.path / kind
@@ -303,6 +312,7 @@ class RunDir:
                 **begun_by,
             },
         )
+        self._begun.append(stage.path)
         return stage
 
     def record(self, **values: Any) -> None:

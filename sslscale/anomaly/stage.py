@@ -78,6 +78,7 @@ def _take_given(
     run: RunDir, settings: AnomalyConfig, features: FeatureSet, name: str, overwrite: bool
 ) -> dict[str, Any]:
     """The scores that the objective gave when the features were embedded."""
+    features.check_column("score")
     stage = run.open_stage("anomaly", name, settings.identity(), {"features": features.identity}, overwrite=overwrite)
     if not stage.done:
         for part in features.parts:
@@ -88,16 +89,10 @@ def _take_given(
 
 
 def _method(settings: AnomalyConfig, features: FeatureSet, reference: FeatureSet) -> str:
+    if settings.method != "auto":
+        return settings.method
     itself = features.identity == reference.identity
-    if settings.method == "auto":
-        return "all_pairs" if itself and features.num_rows > EXACT_ROWS else "exact"
-    if settings.method == "all_pairs" and not itself:
-        raise UserError(
-            "anomaly.method=all_pairs searches the scored datasets in themselves",
-            got=f"anomaly.reference={settings.reference}",
-            fix="leave anomaly.reference out, or set anomaly.method=exact",
-        )
-    return settings.method
+    return "all_pairs" if itself and features.num_rows > EXACT_ROWS else "exact"
 
 
 def _score_parts(

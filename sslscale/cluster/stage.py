@@ -63,6 +63,8 @@ def run_cluster(
     if settings is None:
         raise UserError("the config has no section 'cluster'", fix="add one, or leave this stage out")
     features = open_features(run, settings.datasets)
+    if settings.method == "objective":
+        features.check_column("cluster_probs")
     numbers = _numbers(settings, features.num_rows)
     threads = config.runtime.threads
     identity = {**settings.identity(), "seed": config.seed, "threads": threads}
@@ -117,18 +119,6 @@ def _numbers(settings: ClusterConfig, num_rows: int) -> list[int]:
         check_num_clusters(number, num_rows)
     if settings.method in MAX_ROWS:
         check_rows(settings.method, num_rows)
-    if settings.method not in ("lloyd", "minibatch") and isinstance(given, list):
-        raise UserError(
-            "several numbers of clusters are tried by flat k-means only",
-            got=f"cluster.method={settings.method}, cluster.num_clusters={given}",
-            fix="give one number, or set cluster.method=minibatch",
-        )
-    if settings.balanced and settings.method != "hierarchical":
-        raise UserError(
-            "only hierarchical clusters are balanced",
-            got=f"cluster.method={settings.method}, cluster.balanced=true",
-            fix="set cluster.method=hierarchical, or leave balanced out",
-        )
     return numbers
 
 

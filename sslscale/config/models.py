@@ -6,15 +6,17 @@ it does not change what is computed. Everything else is part of the stage's iden
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from sslscale.config.backbones import AnyBackboneConfig, BackboneConfig
 from sslscale.config.base import AboveZero, Fraction, Positive, Range, StageConfig, not_identity
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Names = Annotated[list[str], Field(min_length=1)]
 
 # Errors name a setting without its tags, which are what begins with "=".
 Ranks = Annotated[
@@ -209,7 +211,7 @@ class PretrainConfig(StageConfig):
 class EmbedConfig(StageConfig):
     """A backbone over shards, into feature parts."""
 
-    datasets: list[str] = Field(default_factory=lambda: ["train"], min_length=1)
+    datasets: Names = Field(default_factory=lambda: ["train"])
     backbone: str = Field(
         "pretrain",
         description="pretrain (this run's), a backbone/ folder, a folder of timm, transformers or "
@@ -240,7 +242,7 @@ class EmbedConfig(StageConfig):
 class IndexConfig(StageConfig):
     """A FAISS index over the features."""
 
-    datasets: list[str] | None = Field(None, description="none: every embedded dataset")
+    datasets: Names | None = Field(None, description="none: every embedded dataset")
     factory: str = Field("auto", description="auto, or any faiss factory string")
     metric: Literal["l2", "cosine"] = "cosine"
     layout: Literal["merged", "on_disk", "sharded"] = Field(
@@ -264,7 +266,7 @@ OneOrSeveral = Annotated[
 class ClusterConfig(StageConfig):
     """Clusters of the features."""
 
-    datasets: list[str] | None = Field(None, description="datasets that are fitted and assigned; none: all embedded")
+    datasets: Names | None = Field(None, description="datasets that are fitted and assigned; none: all embedded")
     num_clusters: OneOrSeveral = Field(10, description="several: each is fitted and measured, and the best kept")
     metric: Literal["l2", "cosine"] = "l2"
     init: Literal["auto", "k-means++", "kmeans||", "random"] = Field(
@@ -285,14 +287,25 @@ class ClusterConfig(StageConfig):
     silhouette_samples: Positive = 2000
     device: Annotated[Literal["auto", "cpu", "cuda"], not_identity] = Field("auto", description="of flat k-means")
 
+    @model_validator(mode="after")
+    def _goes_with_the_method(self) -> ClusterConfig:
+        if isinstance(self.num_clusters, list) and self.method not in ("lloyd", "minibatch"):
+            raise ValueError(
+                "several numbers of clusters are tried by flat k-means only: give one number, or set method=minibatch "
+                f"(num_clusters is {self.num_clusters}, method {self.method})"
+            )
+        if self.balanced and self.method != "hierarchical":
+            raise ValueError(f"balanced needs method=hierarchical, and method is {self.method}")
+        return self
+
 
 class ReduceConfig(StageConfig):
     """What compression costs, as a table, and a 2-D map of a sample."""
 
-    datasets: list[str] | None = Field(None, description="none: every embedded dataset")
+    datasets: Names | None = Field(None, description="none: every embedded dataset")
     metric: Literal["l2", "cosine"] = "cosine"
-    code_bytes: list[int] = Field(default_factory=lambda: [16, 32], description="bytes a vector of OPQ+PQ")
-    pca_dims: list[int] = Field(default_factory=lambda: [32, 64], description="dimensions kept by PCA, as fp32")
+    code_bytes: list[Positive] = Field(default_factory=lambda: [16, 32], description="bytes a vector of OPQ+PQ")
+    pca_dims: list[Positive] = Field(default_factory=lambda: [32, 64], description="dimensions kept by PCA, as fp32")
     rows: Positive = Field(200_000, description="rows that codes are trained and measured on, at most")
     queries: Positive = Field(1000, description="queries that recall@10 is measured on")
     candidates: Positive = Field(100, description="neighbours by code that are ranked again by the exact distance")
@@ -303,8 +316,8 @@ class ReduceConfig(StageConfig):
 class AnomalyConfig(StageConfig):
     """Anomaly scores: the mean distance to the k nearest reference rows, or the pretraining objective's own."""
 
-    datasets: list[str] | None = Field(None, description="datasets that are scored; none: all embedded")
-    reference: list[str] | None = Field(None, description="datasets that are the normal data; none: the scored ones")
+    datasets: Names | None = Field(None, description="datasets that are scored; none: all embedded")
+    reference: Names | None = Field(None, description="datasets that are the normal data; none: the scored ones")
     k: Positive = 10
     metric: Literal["l2", "cosine"] = "cosine"
     method: Literal["auto", "exact", "all_pairs", "objective"] = Field(
@@ -315,11 +328,20 @@ class AnomalyConfig(StageConfig):
     wanted_recall: Fraction = Field(0.95, description="share of the exact neighbours that all_pairs finds")
     normal_labels: list[int] | None = Field(None, description="labels that count as normal, for AUROC only")
 
+    @model_validator(mode="after")
+    def _searched_in_themselves(self) -> AnomalyConfig:
+        if self.method == "all_pairs" and self.reference not in (None, self.datasets):
+            raise ValueError(
+                "method=all_pairs searches the scored datasets in themselves: leave reference out, or set method=exact "
+                f"(reference is {self.reference})"
+            )
+        return self
+
 
 class DedupConfig(StageConfig):
     """Duplicates: the same bytes, and the same picture encoded again."""
 
-    datasets: list[str] | None = Field(None, description="none: all of the config's")
+    datasets: Names | None = Field(None, description="none: all of the config's")
     features: Literal["thumbnails", "embedded"] = Field(
         "thumbnails", description="what pairs are found by: small grey images, made here, or the features of embed"
     )
@@ -342,12 +364,24 @@ class ReportConfig(StageConfig):
     fetch_gb: float = Field(8.0, ge=0.0, description="read of remote shards, at most; further samples are not shown")
 
 
+def _folder_names(datasets: dict[str, str]) -> dict[str, str]:
+    for name in datasets:
+        if not re.fullmatch(r"[^./\\][^/\\]*", name):
+            raise ValueError(
+                f"{name!r} cannot be the name of a dataset: its features lie in a folder of that name, so it has no "
+                "slash and does not begin with a point"
+            )
+    return datasets
+
+
 class RunConfig(StageConfig):
     """A whole run: the stages in order over one run directory."""
 
     run: str = Field("runs/main", description="the run directory")
     seed: int = Field(0, ge=0, lt=2**31, description="faiss takes no more bits")
-    datasets: dict[str, str] = Field(default_factory=dict, description="name -> shards: a folder, file or brace range")
+    datasets: Annotated[dict[str, str], AfterValidator(_folder_names)] = Field(
+        default_factory=dict, description="name -> shards: a folder, file or brace range"
+    )
     limit: int | None = Field(None, ge=1, description="use at most so many samples of a dataset")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     storage: Annotated[StorageConfig, not_identity] = Field(default_factory=StorageConfig)

@@ -107,6 +107,13 @@ class FeatureSet:
         part = self.parts[number]
         return self.stores[part.dataset].open_block(part.part, start, stop)
 
+    def check_column(self, name: str) -> None:
+        """UserError where features of a dataset were made without this further output."""
+        for store in self.stores.values():
+            with_rows = next((part.part for part in store.parts if part.rows), None)
+            if with_rows is not None:
+                store.check_column(with_rows, name)
+
     def column(self, number: int, name: str) -> np.ndarray:
         """A further output of part `number`, (n,) or (n, m); UserError where its features were made without one."""
         part = self.parts[number]

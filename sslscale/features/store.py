@@ -202,8 +202,8 @@ class FeatureStore:
         column = self.table(part, ["label"]).column("label")
         return None if column.null_count else column.to_numpy()
 
-    def part_column(self, part: int, name: str) -> np.ndarray:
-        """A further output of one part, (n,) or (n, m); UserError where there is none."""
+    def check_column(self, part: int, name: str) -> None:
+        """UserError where the features were made without this further output."""
         columns = self.schema(part).names
         if name not in columns:
             raise UserError(
@@ -211,6 +211,10 @@ class FeatureStore:
                 got=f"{self.path}: {', '.join(columns)}",
                 fix="pretrain with an objective that gives it, or set another method",
             )
+
+    def part_column(self, part: int, name: str) -> np.ndarray:
+        """A further output of one part, (n,) or (n, m); UserError where there is none."""
+        self.check_column(part, name)
         column = self.table(part, [name]).column(name).combine_chunks()
         if pa.types.is_fixed_size_list(column.type):
             return column.flatten().to_numpy().reshape(len(column), -1)

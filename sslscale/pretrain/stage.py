@@ -21,6 +21,7 @@ from sslscale.shards.dataset import ShardSet, open_shards
 from sslscale.shards.stream import Sample, read_spans, spread_spans
 
 if TYPE_CHECKING:
+    from sslscale.objectives.base import Objective
     from sslscale.pretrain.corpus import CorpusTools
 
 
@@ -103,10 +104,10 @@ def _samples(shards: ShardSet, limit: int) -> Iterator[dict[str, Any]]:
     return (item.data for item in read if isinstance(item, Sample))
 
 
-def check_settings(config: RunConfig) -> int:
-    """UserError for what cannot be trained, whatever the data; returns the width of the backbone's features.
+def check_settings(config: RunConfig) -> Objective:
+    """UserError for what cannot be trained, whatever the data; returns the objective, built without memory.
 
-    Builds the objective once, without memory, so that what it refuses is refused before any rank starts.
+    So what it refuses is refused before any rank starts.
     """
     import torch
 
@@ -132,7 +133,7 @@ def check_settings(config: RunConfig) -> int:
             got=f"pretrain.zero_stage={config.pretrain.zero_stage}, which leaves each rank a part of them",
             allowed=f"pretrain.zero_stage <= {objective.max_zero_stage}",
         )
-    return backbone.feature_dim
+    return objective
 
 
 def _follow(folder: Path, progress: Progress) -> Any:

@@ -356,7 +356,6 @@ def test_wrong_searches(run):
         ("index", {"factory": "IVF512,Flat"}, "at most 270 lists"),
         ("cluster", {"num_clusters": 271}, "more clusters than samples"),
         ("cluster", {"num_clusters": [2, 271]}, "more clusters than samples"),
-        ("cluster", {"num_clusters": [2, 3], "method": "ward"}, "by flat k-means only"),
         ("anomaly", {"k": 270}, "1 to 269"),
         ("cluster", {"datasets": ["tset"]}, "did you mean 'test'"),
     ],

@@ -230,3 +230,27 @@ def test_every_path_is_the_callers_and_a_name_stays_one(tmp_path: Path, monkeypa
         ("./a:b", str(tmp_path / "a:b")),
     ):
         assert load_config(None, [f"embed.backbone={given}"]).embed.backbone == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cluster={method: ward, num_clusters: [2, 3]}", "several numbers of clusters are tried by flat k-means only"),
+        ("cluster.balanced=true", "balanced needs method=hierarchical, and method is minibatch"),
+        ("anomaly={method: all_pairs, reference: [train]}", "all_pairs searches the scored datasets in themselves"),
+        ("reduce={code_bytes: [0]}", "'reduce.code_bytes.0' has a wrong value"),
+        ("datasets={a/b: /data}", "'a/b' cannot be the name of a dataset"),
+        ("datasets={../../x: /data}", "'../../x' cannot be the name of a dataset"),
+        ("datasets={'': /data}", "'' cannot be the name of a dataset"),
+        *((f"{section}.datasets=[]", "has a wrong value") for section in ("index", "cluster", "anomaly", "embed")),
+        ("anomaly.reference=[]", "has a wrong value"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_when_read(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        load_config(None, [override])
+
+
+def test_a_dataset_may_have_any_other_name() -> None:
+    datasets = load_config(None, ["datasets={train set: /a, año-2024: /b, x.y: /c}"]).datasets
+    assert list(datasets) == ["train set", "año-2024", "x.y"]

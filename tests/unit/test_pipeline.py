@@ -188,6 +188,8 @@ def test_bare_words_that_name_a_backbone_are_known_to_the_config() -> None:
         ("embed.backbone=pixles", "no backbone 'pixles'; did you mean 'pixels'"),
         ("baselines=[hgo]", "no backbone 'hgo'; did you mean 'hog'"),
         ("reduce={map: umap}", r"sslscale\[maps\]"),
+        ("cluster.method=objective", "gives no cluster_probs\n.*simclr"),
+        ("anomaly.method=objective", "gives no score\n.*simclr"),
     ],
 )
 def test_what_a_later_stage_would_refuse_starts_nothing(
@@ -200,6 +202,15 @@ def test_what_a_later_stage_would_refuse_starts_nothing(
         run_stages(planned_stages(config), config)
     assert refused.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("stage", "wanted"), [("cluster", "cluster_probs"), ("anomaly", "score")])
+def test_an_answer_that_features_cannot_give_replaces_none(config: Any, stage: str, wanted: str) -> None:
+    run_stages(["embed", stage], config())
+    with pytest.raises(UserError, match=f"gives no {wanted}"):
+        run_stages([stage], config(f"{stage}.method=objective"), overwrite=True)
+    assert run_status(config().run).status == "done"
+    assert run_stages([stage], config())[stage]["num_samples"] == 60
 
 
 def test_what_a_run_has_embedded_before_may_be_named(config: Any) -> None:

@@ -382,3 +382,29 @@ def test_a_reader_beside_the_writer_sees_each_whole_line_once(tmp_path):
     assert reader.read_new() == [{"step": 1}, {"step": 12}, {"step": 13}] and reader.read_new() == []
     metrics.append(step=3)
     assert reader.read_new() == [{"step": 3}]
+
+
+@pytest.mark.parametrize("error", [UserError, StageError])
+def test_what_is_refused_before_it_has_made_anything_binds_no_other_settings(run: RunDir, error: type) -> None:
+    with pytest.raises(error), run:
+        stage(run)
+        raise error("no such clusters")
+    assert list(run.path.glob("*")) == [run.path / "cluster"]
+    with run:
+        assert not stage(run, k=11).done
+        stage(run, k=11).finish({})
+    with pytest.raises(error), run:  # it was there before
+        stage(run, k=11)
+        raise error("something else")
+    assert stage(run, k=11).done
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_what_was_begun_stays(run: RunDir, error: type) -> None:
+    with pytest.raises(error), run:
+        begun = stage(run)
+        if error is UserError:
+            begun.finish_part("0", {})
+        raise error("stop")
+    with run, pytest.raises(UserError, match="other settings"):
+        stage(run, k=11)
