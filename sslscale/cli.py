@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sslscale import __version__
-from sslscale.errors import EXIT_FAILED, EXIT_SIGINT, Interrupted, UserError
+from sslscale import __version__, storage
+from sslscale.errors import EXIT_FAILED, Interrupted, UserError
 from sslscale.options import (
     Address,
     ConfigFile,
@@ -45,6 +45,9 @@ app = typer.Typer(
 )
 
 
+_OF_FEATURES = ("index", "cluster", "anomaly", "reduce", "report")  # they read no samples
+
+
 def _stage_command(verb: str, help: str) -> None:
     """Adds the verb of one stage, or `run` for all of them. All take the same options."""
 
@@ -65,7 +68,10 @@ def _stage_command(verb: str, help: str) -> None:
 
         if name != MAIN and verb not in (*NAMED, "run", "report"):
             refuse(", ".join(NAMED), name=name)
-        settings = config_of(config, run, overrides, runtime=runtime, address=address, limit=limit)
+        limited = "pack.limit" if verb == "pack" else "limit"
+        settings = config_of(config, run, overrides, {limited: limit}, runtime=runtime, address=address)
+        if limit is not None and verb in _OF_FEATURES:
+            typer.echo(f"--limit is of samples that are read: {verb} takes all that are embedded", err=True)
         stages = planned_stages(settings) if verb == "run" else [verb]
         if dry_run:
             preflight(stages, settings, name)
@@ -97,7 +103,7 @@ def search(
     key: Annotated[str | None, typer.Option(help="key of a sample that was embedded")] = None,
     query: Annotated[Path | None, typer.Option(help="an image, or a .npy file of vectors")] = None,
     queries: Annotated[str | None, typer.Option(help="shards, each sample of which is a query")] = None,
-    output: Annotated[Path | None, typer.Option(help="Parquet file of what --queries finds")] = None,
+    output: Annotated[str | None, typer.Option(help="Parquet file of what --queries finds, a path or a URL")] = None,
     k: Annotated[int, typer.Option(min=1, help="how many")] = 10,
     where: Annotated[str | None, typer.Option(help="filter, such as \"split = 'train' and label >= 3\"")] = None,
     dataset: Annotated[str | None, typer.Option(help="dataset of the key, where several have it")] = None,
@@ -114,6 +120,8 @@ def search(
 
     if queries is not None:
         refuse("a search without --queries", key=key, query=query, dataset=dataset)
+        if output is None:
+            raise UserError("there is no place for what is found", fix="--output FILE.parquet")
     else:
         refuse("--queries", output=output, runtime=runtime and runtime.value, address=address, workers=workers)
         if key is None:
@@ -122,7 +130,14 @@ def search(
     if queries is not None:
         with closing(runtime_of(runtime, address, verbose)) as pools:
             found = search_shards(
-                held, pools, queries=queries, output=output, k=k, where=where, name=name, workers=workers or 1
+                held,
+                pools,
+                queries=queries,
+                output=storage.local_path(output),
+                k=k,
+                where=where,
+                name=name,
+                workers=workers or 1,
             )
         _print_json(found)
         return
@@ -176,8 +191,8 @@ def plan(
     config: ConfigFile = None,
     run: RunPath = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="ranks; none: the config's own")] = None,
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="ranks on one machine")] = 8,
-    link: Annotated[float, typer.Option(help="GB/s between two ranks of a machine")] = 100.0,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="ranks on one machine; none: 8")] = None,
+    link: Annotated[float | None, typer.Option(help="GB/s between two ranks of a machine; none: 100")] = None,
     network: Annotated[float, typer.Option(help="GB/s of one machine's network")] = 50.0,
     store: Annotated[float, typer.Option(help="GB/s of the shards' store, to all machines")] = 20.0,
     vectors: Annotated[
@@ -197,8 +212,12 @@ def plan(
 
     from sslscale.plan.model import Machine
 
-    settings = config_of(config, run, overrides, limit=limit)
-    machine = Machine(ranks_per_node, link * 1e9, network * 1e9, store * 1e9)
+    settings = config_of(config, run, overrides, {"limit": limit})
+    if vectors is None:
+        refuse("--vectors", matrix=matrix, memory=memory)
+    else:
+        refuse("the plan of a training", gpus=gpus, ranks_per_node=ranks_per_node, link=link, limit=limit)
+    machine = Machine(ranks_per_node or 8, (100.0 if link is None else link) * 1e9, network * 1e9, store * 1e9)
     if vectors is not None:
         from sslscale.plan.clustering import clustering_lines, run_clustering_plan
 
@@ -281,7 +300,7 @@ def features_info(
 def features_export(
     run: Annotated[str, typer.Argument(help="run directory")],
     format: Annotated[str, typer.Option(help="parquet, npy, lance or viewer")],
-    output: Annotated[Path, typer.Option(help="folder of the files")],
+    output: Annotated[str, typer.Option(help="folder of the files, a path or a URL")],
     dataset: Annotated[str | None, typer.Option(help="one dataset; none: all")] = None,
     runtime: Annotated[
         RuntimeKind | None, typer.Option("--runtime", help="where a viewer's neighbours are found")
@@ -299,8 +318,9 @@ def features_export(
         # Only a viewer writes into the run: its neighbours.
         held = stack.enter_context(RunDir(run)) if format == "viewer" else RunDir.reading(run)
         workers = stack.enter_context(closing(runtime_of(runtime, address, verbose)))
-        for path in export_features(held, workers, format=format, output=output, dataset=dataset):
-            typer.echo(path)
+        place = storage.local_path(output)
+        for path in export_features(held, workers, format=format, output=place, dataset=dataset):
+            typer.echo(storage.shown(path))
 
 
 @app.command()
@@ -365,9 +385,7 @@ def main() -> None:
     except UserError as error:
         _fail(f"error: {error}", error.exit_code, verbose)
     except Interrupted as error:
-        _fail("interrupted: everything is saved; run the same command to go on", error.exit_code, False)
-    except KeyboardInterrupt:
-        _fail("interrupted: run the same command to go on", EXIT_SIGINT, False)
+        _fail("interrupted: what is finished is kept; run the same command to go on", error.exit_code, False)
     except Exception as error:  # what nobody foresaw still ends in one line and exit 1
         _fail(
             f"error: {type(error).__name__}: {error}\n  fix:     run again with -v for the traceback",

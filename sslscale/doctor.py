@@ -191,7 +191,10 @@ def _dataset(config: RunConfig, name: str) -> Check:
             return Check(row, "warn", f"{location} is not packed yet", "sslscale pack, or sslscale run, makes it")
         with tempfile.TemporaryDirectory() as cache:
             shards = open_shards(location, ShardCache(Path(cache), 0))
-            first = next(iter(read_spans(shards, [Span(0, 0, 1)])))
+            holding = [shard for shard, count in enumerate(shards.counts.tolist()) if count]
+            if not holding:
+                return Check(row, "fail", f"{location} holds no sample", "name other shards")
+            first = next(iter(read_spans(shards, [Span(holding[0], 0, 1)])))
     except Exception as error:
         return _refused(row, location, error, "check the location and its credentials")
     if isinstance(first, Failure):

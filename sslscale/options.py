@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,19 +46,22 @@ def config_of(
     path: Path | None,
     run: str | None,
     overrides: list[str] | None,
+    more: Mapping[str, object] | None = None,
     *,
     runtime: RuntimeKind | None = None,
     address: str | None = None,
-    limit: int | None = None,
 ) -> RunConfig:
-    """The config of a command: of its file, or of the run's own, under what else it says."""
+    """The config of a command: of its file, or of the run's own, under what else it says.
+
+    `more` are settings that other flags give, by key; None: not given.
+    """
     from sslscale.config import load_config
 
     if path is None and run is not None:
         own = storage.bring(storage.local_path(run) / "config.yaml")
         path = own if own.is_file() else None
-    given = {"run": run, "runtime.name": _runtime_name(runtime, address), "runtime.address": address, "limit": limit}
-    flags = {key: value for key, value in given.items() if value is not None}
+    given = {"run": run, "runtime.name": _runtime_name(runtime, address), "runtime.address": address}
+    flags = {key: value for key, value in {**given, **(more or {})}.items() if value is not None}
     return load_config(None if path is None else str(path), overrides or [], flags)
 
 
@@ -79,4 +83,6 @@ def refuse(needed: str, **given: object) -> None:
     """UserError for an option that is given and would have no effect."""
     for name, value in given.items():
         if value is not None:
-            raise UserError(f"--{name} has no effect here", got=value, fix=f"it goes with {needed} only")
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect here", got=value, fix=f"it goes with {needed} only"
+            )

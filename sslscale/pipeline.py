@@ -12,12 +12,13 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from sslscale import lease, storage
 from sslscale.config import RunConfig
 from sslscale.config.load import check_dataset, dump_sections, plain_sections, read_sections
-from sslscale.errors import EXIT_SIGTERM, EXIT_USAGE, Interrupted, UserError, did_you_mean
+from sslscale.errors import EXIT_SIGINT, EXIT_SIGTERM, EXIT_USAGE, Interrupted, UserError, did_you_mean
 from sslscale.provenance import provenance
 from sslscale.rundir import MAIN, NAMED, RunDir, check_name, hash_json, read_json, write_atomic
 from sslscale.runtime.base import Runtime, make_runtime
@@ -144,19 +145,20 @@ def run_stages(
 ) -> dict[str, Any]:
     """Runs these stages in order; returns each one's result. The run directory is held meanwhile.
 
-    UserError (exit 2) of `preflight` before anything is written.
+    Raises Interrupted on Ctrl-C and SIGTERM (what is finished is kept), and UserError (exit 2) of `preflight` before
+    anything is written.
     """
     preflight(stages, config, name)
     runtime = make_runtime(
         config.runtime.name, address=config.runtime.address, max_retries=config.runtime.max_retries, verbose=verbose
     )
     results: dict[str, Any] = {}
-    changed = False
+    begun: list[str] = []
 
-    def begin() -> Mapping[str, Any]:
-        nonlocal changed
-        changed = True
-        return _record_start(run, config, stage, name, command)
+    def begin(folder: Path) -> Mapping[str, Any]:
+        inside = folder.is_relative_to(run.path)  # shards lie where the config says
+        begun.append((folder.relative_to(run.path) if inside else folder).as_posix())
+        return _record_start(run, config, stage, name, command, begun)
 
     with RunDir(config.run) as run, _sigterm_interrupts():
         run.on_start = begin
@@ -165,14 +167,16 @@ def run_stages(
             for stage in stages:
                 results[stage] = STAGES[stage](run, config, runtime, overwrite, name)
                 if not (run.path / "config.yaml").is_file():  # all was there already, made by another run
-                    begin()
+                    _record_start(run, config, stage, name, command, begun)
                 run.record(counts={stage: _counts(results[stage])})
         except BaseException as error:
             refused = isinstance(error, UserError) and error.exit_code == EXIT_USAGE
-            if (changed or not refused) and not lease.lost():  # what is refused at once leaves the run as it was
+            if (begun or not refused) and not lease.lost():  # what is refused at once leaves the run as it was
                 stopped = isinstance(error, Interrupted | KeyboardInterrupt)
                 with contextlib.suppress(OSError):  # a full disk must not hide what it led to
                     run.record(status="interrupted" if stopped else "failed")
+            if isinstance(error, KeyboardInterrupt) and not lease.lost():
+                raise Interrupted(EXIT_SIGINT) from None
             raise
         finally:
             runtime.close()
@@ -275,11 +279,14 @@ def _check_answers(location: str, name: str) -> None:
 # ------------------------------------------------------------------ what is recorded of a command
 
 
-def _record_start(run: RunDir, config: RunConfig, stage: str, name: str, command: str) -> dict[str, Any]:
-    """Records the command in the run; returns what a stage is to keep of it."""
+def _record_start(
+    run: RunDir, config: RunConfig, stage: str, name: str, command: str, begun: list[str]
+) -> dict[str, Any]:
+    """Records the command in the run, with the stages it has begun; returns what a stage is to keep of it."""
     _record_config(run, config, stage, name)
     made = {**provenance(), "command": command}
-    run.record(**made, config_hash=hash_json(config.identity()), seeds={"run": config.seed}, status="running")
+    settings = {"config_hash": hash_json(config.identity()), "seeds": {"run": config.seed}}
+    run.record(**made, **settings, status="running", begun=begun)
     return {key: made[key] for key in ("command", "time", "git_commit")}
 
 

@@ -213,8 +213,8 @@ class RunDir:
 
     def __init__(self, location: str | Path, part_of: RunDir | None = None) -> None:
         self.path = storage.local_path(location)
-        self.on_start: Callable[[], Mapping[str, Any]] = part_of.on_start if part_of else dict
-        """Called when a stage is accepted that is not done: from then on this command changes the run.
+        self.on_start: Callable[[Path], Mapping[str, Any]] = part_of.on_start if part_of else lambda folder: {}
+        """Called with the folder of a stage that is accepted and not done: from then on this command changes the run.
 
         What it returns, such as the command, is kept in the stage.json of a stage that is new.
         """
@@ -249,7 +249,7 @@ class RunDir:
         self._lease.release()
 
     def _withdraw(self) -> None:
-        """Removes the stages that were begun here and have made nothing: the settings that were refused bind no other."""
+        """Removes stages begun here that have made nothing: the settings that were refused bind no others."""
         for path in self._begun:
             if [entry.name for entry in path.iterdir()] == ["stage.json"]:
                 discard(path)
@@ -291,7 +291,7 @@ class RunDir:
             known = read_json(record)
             if known["identity"] == stage.identity:
                 if not stage.done:
-                    self.on_start()
+                    self.on_start(stage.path)
                 return stage
             if not overwrite:
                 raise _other_identity(stage, known)
@@ -301,7 +301,7 @@ class RunDir:
                 fix=f"--overwrite throws it away, or choose {_other_place(kind)}",
             )
         discard(stage.path)
-        begun_by = self.on_start()
+        begun_by = self.on_start(stage.path)
         write_json(
             record,
             {

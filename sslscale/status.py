@@ -73,7 +73,8 @@ def run_status(location: str) -> RunStatus:
     if status == "running" and holder is None:
         status = "lost"
     begun = sorted(run.stages(), key=lambda path: (path / "stage.json").stat().st_mtime)
-    stages = [_stage(run.path, path, holder) for path in begun]
+    worked_on = [run.path / name for name in record.get("begun", ())] if "begun" in record else begun
+    stages = [_stage(run.path, path, holder if path in worked_on else None) for path in begun]
     who = None if holder is None else f"pid {holder['pid']} on {holder['machine'].partition(' ')[0]}"
     return RunStatus(storage.shown(run.path), status, who, record.get("command"), stages)
 

@@ -35,10 +35,21 @@ if TYPE_CHECKING:
 
 ARRIVING_SECONDS = 3600.0  # after which a copy that does not grow is a dead process's
 CHUNK_BYTES = 32 * 2**20  # what a broken connection costs at most
-_MARK = "sslscale-remote"
+_MARK, _NO_HOST = "sslscale-remote", "="
 
 # What grows with the data is brought when it is read; what is of this machine, or of Ray, is never copied.
-_LAZY_NAMES = ("part-*.npy", "part-*.parquet", "ids.npy", "rows*.npy", "shard-*.npy", "*.tar", "*.faiss")
+_LAZY_NAMES = (
+    "part-*.npy",
+    "part-*.parquet",
+    "ids.npy",
+    "rows*.npy",
+    "shard-*.npy",
+    "order-*.npy",
+    "starts-*.npy",
+    "sorted-*.npy",
+    "*.tar",
+    "*.faiss",
+)
 _LAZY_FOLDERS = ("/pretrain/checkpoints/", "/pretrain/tensorboard/")
 _NEVER = frozenset((".cache", ".lease", ".ray"))
 
@@ -57,10 +68,11 @@ _polled: dict[Path, float] = {}
 
 def local_path(location: str | Path, copy: str = "") -> Path:
     """The folder that `location` is worked on in: a path itself, the working copy of a URL, or another of that name."""
-    text = str(location)
-    if "://" not in text:
-        return Path(text).expanduser().absolute()
-    protocol, _, rest = text.partition("://")
+    protocol, mark, rest = str(location).partition("://")
+    if not mark or protocol in ("file", "local"):
+        return Path(rest if mark else protocol).expanduser().absolute()
+    if rest.startswith("/"):  # a URL that names no host
+        rest = _NO_HOST + rest
     folder = f"sslscale-{os.getuid()}" if hasattr(os, "getuid") else "sslscale"
     return Path(tempfile.gettempdir(), folder, copy, _MARK, protocol, *PurePosixPath("/" + rest).parts[1:])
 
@@ -70,7 +82,7 @@ def remote_url(path: Path) -> str | None:
     if _MARK not in path.parts:
         return None
     protocol, *rest = path.parts[path.parts.index(_MARK) + 1 :]
-    return f"{protocol}://{'/'.join(rest)}"
+    return f"{protocol}://{'/'.join(rest).removeprefix(_NO_HOST)}"
 
 
 def shown(path: Path) -> str:

@@ -147,7 +147,7 @@ def embed_dataset(
     if stage.done:
         if whole and stage.result["corpus"] == corpus.fingerprint:
             return stage.result
-        run.on_start()
+        run.on_start(stage.path)
     corpus.save(stage.path)
     todo = [(part, parts[part]) for part, record in records.items() if record is None]
     begin = time.perf_counter()

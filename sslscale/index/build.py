@@ -55,14 +55,14 @@ def run_index(
     record = IndexRecord(stage.path, stage.result)
     record.numbers(features)
     if record.damaged():
-        run.on_start()
+        run.on_start(stage.path)
         same = settings.model_copy(update={"factory": record.result["factory"]})
         record = IndexRecord(stage.path, builder.repaired(record, plan_index(same, features.num_rows, features.dim)))
     known = set(record.parts)
     new = [part for part in indexed_parts(features) if part not in known]
     if not new:
         return record.result
-    run.on_start()
+    run.on_start(stage.path)
     return builder.extended(record, new)
 
 

@@ -13,6 +13,7 @@ from sslscale.features.distance import prepare, to_distance
 
 BLOCK_ROWS = 65536  # of the reference
 QUERY_ROWS = 4096  # that one pass over the reference answers
+RESCORE_BYTES = 2**27  # of the candidates' rows that are held to be compared again
 
 
 class Reference(Protocol):
@@ -104,6 +105,12 @@ def rescore(
     x: np.ndarray, ids: np.ndarray, own_ids: np.ndarray, reference: Reference, k: int, metric: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of candidates (n, k or k + 1), the k nearest other than the own row, by distances without cancellation."""
+    queries = max(1, RESCORE_BYTES // (np.dtype(np.float32).itemsize * ids.shape[1] * x.shape[1]))
+    if len(x) > queries:
+        pieces = [slice(start, start + queries) for start in range(0, len(x), queries)]
+        found = [rescore(x[own], ids[own], own_ids[own], reference, k, metric) for own in pieces]
+        distances, ids = (np.concatenate(of) for of in zip(*found, strict=True))
+        return distances, ids
     rows = prepare(reference.take(ids.ravel()), metric).reshape(*ids.shape, -1)
     difference = rows - x[:, None]
     squared = np.einsum("nkd,nkd->nk", difference, difference)

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sslscale import storage
 from sslscale.config import RunConfig, load_config
 from sslscale.errors import UserError, did_you_mean, missing_package
 from sslscale.features import FeatureSet, FeatureStore, open_features
@@ -110,6 +111,7 @@ def _lance(name: str, store: FeatureStore, output: Path) -> list[Path]:
     try:
         lance.write_dataset(batches, str(temporary), schema=first.schema)
         temporary.rename(path)  # so that it is whole or not there
+        storage.publish_tree(path)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -165,6 +167,8 @@ def _write_tables(path: Path, tables: Iterator[pa.Table]) -> None:
 
 
 def _free(path: Path) -> Path:
-    if path.exists():
-        raise UserError("there is something at this path already", got=str(path), fix="another --output, or remove it")
+    if storage.size(path) is not None or storage.names(path):
+        raise UserError(
+            "there is something at this path already", got=storage.shown(path), fix="another --output, or remove it"
+        )
     return path

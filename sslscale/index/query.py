@@ -167,7 +167,7 @@ def search_shards(
     runtime: Runtime,
     *,
     queries: str,
-    output: Path | None,
+    output: Path,
     k: int = 10,
     where: str | None = None,
     name: str = "main",
@@ -178,8 +178,6 @@ def search_shards(
     Its columns: query (the sample's key), rank (0 is nearest), key, dataset, distance. Returns what was counted:
     samples that cannot be read, or have no direction under "cosine", are `failed` and have no rows.
     """
-    if output is None:
-        raise UserError("there is no place for what is found", fix="--output FILE.parquet")
     index = Index.open(run, name)
     index.check_k(k, where)
     schema = pa.schema(
@@ -203,4 +201,4 @@ def search_shards(
                 columns = {name: [row[name] for row in rows] for name in schema.names if name != "rank"}
                 writer.write_table(pa.table({**columns, "rank": ranks.astype(np.int32)}, schema=schema))
                 searched += len(own)
-    return {"queries": searched, "failed": failed, "k": k, "output": str(output)}
+    return {"queries": searched, "failed": failed, "k": k, "output": storage.shown(output)}

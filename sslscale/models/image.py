@@ -13,6 +13,7 @@ from timm.layers import DropPath
 from timm.models import VisionTransformer, checkpoint_seq
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from sslscale.config import AugmentConfig, BackboneConfig, FramesConfig
 from sslscale.errors import UserError, did_you_mean
@@ -47,7 +48,8 @@ class Backbone(Encoder):
         super().__init__(config, files)
         self.model = create_timm(config)
         key_drops(self.model, DropPath)
-        self.feature_dim = int(self.model.num_features)  # type: ignore[arg-type]
+        # what the pooled features of a model with a layer before its classifier have is that layer's width
+        self.feature_dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)  # type: ignore[arg-type]
         for name, values in (("mean", config.mean), ("std", config.std)):
             self.register_buffer(name, channel_values(name, values, config.channels), persistent=False)
 
@@ -60,15 +62,14 @@ class Backbone(Encoder):
         return ImageReader(channels, size, channels_last=True)
 
     def check_size(self, size: int) -> None:
-        for module in self.model.modules():
-            own = getattr(module, "img_size", None)
-            if getattr(module, "strict_img_size", False) and own is not None and tuple(own) != (size, size):
-                raise UserError(
-                    "this backbone takes images of one size",
-                    got=f"embed.size={size}, {self.config.architecture}",
-                    allowed="x".join(map(str, own)),
-                    fix="leave out embed.size",
-                )
+        own = self._only_size()
+        if own not in (None, (size, size)):
+            raise UserError(
+                "this backbone takes images of one size",
+                got=f"embed.size={size}, {self.config.architecture}",
+                allowed="x".join(map(str, own)),
+                fix="leave out embed.size",
+            )
 
     def augmented(self, inputs: Tensor, random: KeyedRandom, recipe: AugmentConfig) -> Tensor:
         return augment(inputs, random, recipe)
@@ -88,7 +89,26 @@ class Backbone(Encoder):
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
+        self._check_views(images)
         return self.model(self.normalise(images))
+
+    def _check_views(self, images: Tensor) -> None:
+        own = self._only_size()
+        if own is not None and tuple(images.shape[-2:]) != own:
+            raise UserError(
+                "this backbone takes images of one size, and the objective gives it another",
+                got=f"{'x'.join(map(str, images.shape[-2:]))}, {self.config.architecture}",
+                allowed="x".join(map(str, own)),
+                fix="set backbone.kwargs.img_size to the size of the views or patches, or dynamic_img_size=true",
+            )
+
+    def _only_size(self) -> tuple[int, ...] | None:
+        """The one size of images that the model takes; None where it takes several."""
+        for module in self.model.modules():
+            own = getattr(module, "img_size", None)
+            if getattr(module, "strict_img_size", False) and own is not None:
+                return tuple(own)
+        return None
 
     @property
     def vit(self) -> VisionTransformer:
@@ -107,6 +127,7 @@ class Backbone(Encoder):
         keep: int64 (B, K), the patches that enter the encoder at all; none: all. Gives (B, P + K, D) then. The last
         norm is applied to every token, also where timm has it after its pooling (`global_pool: avg`): so it is trained.
         """
+        self._check_views(images)
         vit = self.vit
         x = vit._pos_embed(vit.patch_embed(self.normalise(images)))
         if keep is not None:
@@ -118,7 +139,8 @@ class Backbone(Encoder):
 
     def output_dim(self, output: str) -> int:
         """`cls`: a ViT's class token; `tokens_mean`: the mean of its patches; `layer:K`: the mean over positions of
-        what block (ViT) or stage (convolutions) K gives, counted from 1.
+        what block K of a ViT gives, or the K-th entry of timm's `feature_info` of a model of convolutions (the first of
+        a ResNet's is its stem), counted from 1.
         """
         if output == "cls" and not self.vit.num_prefix_tokens:
             raise UserError("this backbone has no class token", got=f"output {output!r}", allowed="tokens_mean")
@@ -157,6 +179,10 @@ def channel_values(name: str, values: list[float], channels: int) -> Tensor:
 
 
 def create_timm(config: BackboneConfig | FramesConfig) -> nn.Module:
+    """The model, at random weights. It drops whole paths only (drop_path_rate): those are drawn by sample.
+
+    Raises UserError for a name or arguments that timm does not know, and for dropout, which would draw by rank.
+    """
     if not timm.is_model(config.architecture):
         raise UserError(
             f"timm has no model {config.architecture!r}{did_you_mean(config.architecture, timm.list_models())}",
@@ -168,6 +194,7 @@ def create_timm(config: BackboneConfig | FramesConfig) -> nn.Module:
         raise UserError(
             f"timm's {config.architecture} refuses these arguments", got=f"{config.kwargs}: {error}"
         ) from None
+    _without_dropout(model, config.kwargs)
     if config.stem == "small":
         if not (hasattr(model, "conv1") and hasattr(model, "maxpool") and hasattr(model, "bn1")):
             raise UserError(
@@ -181,3 +208,19 @@ def create_timm(config: BackboneConfig | FramesConfig) -> nn.Module:
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model
+
+
+def _without_dropout(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Turns off what a model drops by its own defaults; refuses what is asked for."""
+    asked = [name for name in kwargs if name.endswith(("drop_rate", "drop_block_rate")) and kwargs[name]]
+    if asked:
+        raise UserError(
+            "this dropout would draw by rank, and not by sample",
+            got=f"pretrain.backbone.kwargs.{asked[0]}={kwargs[asked[0]]}",
+            fix=f"leave {asked[0]} out; drop_path_rate, stochastic depth, is drawn by sample",
+        )
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        if getattr(module, "drop_rate", 0.0):
+            module.drop_rate = 0.0  # type: ignore[assignment] # of a model that calls the function

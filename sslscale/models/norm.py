@@ -62,9 +62,12 @@ class _GatheredBatchNorm(torch.autograd.Function):
 class _Gathered:
     """Mixin over torch's BatchNorm classes: the same parameters, buffers and state names."""
 
+    alone = False
+    """Whether statistics are of this rank's samples: where all ranks have the same ones."""
+
     def _normalise(self, x: Tensor) -> Tensor:
         module: nn.BatchNorm2d = self  # type: ignore[assignment]
-        if not module.training or world_size() == 1:
+        if not module.training or self.alone or world_size() == 1:
             batch_stats = module.training
             if batch_stats and module.num_batches_tracked is not None:
                 module.num_batches_tracked.add_(1)

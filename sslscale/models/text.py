@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ _TOKENIZER = "tokenizer.json"
 _BUCKETS, _BUCKET_ROWS = 4, 32  # a batch is computed in up to so many parts of like lengths, of at least so many texts
 _DELETED = 0.15  # of the words, in the views that evaluations compare
 _LAYER = re.compile(r"layer:([1-9]\d*)")
+_DROPOUTS = ("dropout", "dropout_rate", "activation_dropout", "hidden_dropout", "hidden_dropout_prob")
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # the names of tables of positions in transformers
 _FOLDER_FILES = ("config.json", "model.safetensors", _TOKENIZER)
 
 
@@ -194,7 +197,35 @@ def _create(config: TextConfig) -> nn.Module:
             f"transformers' {config.architecture} refuses these arguments", got=f"{config.kwargs}: {error}"
         ) from None
     model.pooler = None  # of the next-sentence task: it would never be trained
+    _check_dropout(model)
+    if config.max_length > (room := _positions(model)):
+        raise UserError(
+            "texts may be longer than the model has positions",
+            got=f"pretrain.backbone.max_length={config.max_length}",
+            allowed=f"at most {room}",
+            fix=f"lower max_length, or raise max_position_embeddings in kwargs by {config.max_length - room}",
+        )
     return model
+
+
+def _check_dropout(model: Any) -> None:
+    """UserError for dropout that is no module of the model: nothing can make it draw by sample."""
+    rates = {name: rate for name in _DROPOUTS if (rate := getattr(model.config, name, 0.0))}
+    if rates and not any(isinstance(module, nn.Dropout) and module.p for module in model.modules()):
+        raise UserError(
+            "this model's dropout would draw by rank, and not by sample",
+            got=", ".join(f"{name}={rate}" for name, rate in rates.items()),
+            fix=f"set {', '.join(f'pretrain.backbone.kwargs.{name}=0' for name in rates)}",
+        )
+
+
+def _positions(model: nn.Module) -> float:
+    """The most tokens that a model with a table of positions takes; inf for one without."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            padding = -1 if module.padding_idx is None else module.padding_idx  # RoBERTa's begin after it
+            return module.num_embeddings - int(getattr(module, "offset", padding + 1))
+    return math.inf
 
 
 def _texts(samples: Iterable[dict[str, Any]]) -> Iterator[str]:

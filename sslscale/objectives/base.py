@@ -233,6 +233,7 @@ def check_local_size(backbone: Backbone, size: int) -> None:
         )
 
 
+@full_precision
 def swapped_cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
     """The mean of -sum_k targets_g log softmax(logits_v) over samples and over pairs of different views g != v.
 

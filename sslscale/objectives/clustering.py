@@ -17,6 +17,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 
 from sslscale.config import AugmentConfig
+from sslscale.config.base import AboveZero
 from sslscale.errors import UserError
 from sslscale.models.collectives import all_reduce_mean, gather_rows
 from sslscale.models.image import Backbone
@@ -98,7 +99,7 @@ class LinearHeads(Clustering):
         num_clusters: int,
         num_heads: int,
         init: HeadInit,
-        temperature: float = 1.0,
+        temperature: AboveZero = 1.0,
     ) -> None:
         super().__init__(backbone, recipe, num_clusters)
         self.num_heads, self.init, self.temperature = num_heads, init, temperature
@@ -145,7 +146,7 @@ class NeighbourClustering(LinearHeads):
         init: HeadInit,
         num_neighbours: int,
         refresh_epochs: float,
-        temperature: float = 1.0,
+        temperature: AboveZero = 1.0,
     ) -> None:
         super().__init__(backbone, recipe, num_clusters, num_heads, init, temperature)
         self.num_neighbours, self.refresh_epochs = num_neighbours, refresh_epochs

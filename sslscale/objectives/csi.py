@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslscale.config import AugmentConfig
+from sslscale.config.base import AboveZero
 from sslscale.config.models import Positive
 from sslscale.models.heads import mlp
 from sslscale.models.image import Backbone
@@ -53,7 +54,7 @@ class CSI(Objective):
         backbone: Backbone,
         recipe: AugmentConfig,
         *,
-        temperature: float = 0.5,
+        temperature: AboveZero = 0.5,
         shift_weight: float = 1.0,
         hidden_dim: Positive = 512,
         output_dim: Positive = 128,

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslscale.config import AugmentConfig
+from sslscale.config.base import AboveZero
 from sslscale.config.models import Fraction, Positive
 from sslscale.models.collectives import all_reduce_mean
 from sslscale.models.heads import Prototypes
@@ -47,9 +48,9 @@ class DINO(TeacherObjective):
         recipe: AugmentConfig,
         *,
         num_prototypes: Positive = 65536,
-        student_temperature: float = 0.1,
-        teacher_temperature: float = 0.07,
-        warmup_teacher_temperature: float = 0.04,
+        student_temperature: AboveZero = 0.1,
+        teacher_temperature: AboveZero = 0.07,
+        warmup_teacher_temperature: AboveZero = 0.04,
         warmup_share: Fraction = 0.3,
         momentum: Fraction = 0.996,
         centre_momentum: Fraction = 0.9,

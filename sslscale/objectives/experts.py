@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslscale.config import AugmentConfig
+from sslscale.config.base import AboveZero
 from sslscale.config.models import Fraction, Positive
 from sslscale.models.collectives import gather_rows
 from sslscale.models.image import Backbone
@@ -85,7 +86,7 @@ class Experts(Clustering):
         tasks: Positive = 2,
         target_dim: Positive = 32,
         rank: Positive = 2,
-        temperature: float = 1.0,
+        temperature: AboveZero = 1.0,
         balanced_share: Fraction = 0.5,
         refresh_epochs: float = 1.0,
         mask_scale: tuple[Fraction, Fraction] = (0.4, 0.6),

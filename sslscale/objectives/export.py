@@ -84,7 +84,9 @@ def load_objective(folder: Path, backbone: Encoder | None = None) -> Objective:
     assert meta is not None, folder
     recipe = validate(AugmentConfig, meta["views"])
     backbone = backbone or load_backbone(folder.with_name("backbone"))
+    trained = {name: value.clone() for name, value in backbone.state_dict().items()}
     objective = build_objective(meta["objective"], backbone, recipe)
+    backbone.load_state_dict(trained)  # an objective may change weights that its training starts from
     missing, unexpected = objective.load_state_dict(load_file(str(folder / WEIGHTS)), strict=False)
     assert not unexpected and all(name.startswith(_BACKBONE) for name in missing), (missing, unexpected)
     return objective.eval()

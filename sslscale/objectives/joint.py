@@ -8,11 +8,11 @@ one make joint training: e.g. IDEC keeps its reconstruction so (Guo et al. 2017)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from sslscale.config import AugmentConfig
@@ -34,13 +34,23 @@ class Term(BaseModel):
     weight: float = Field(1.0, ge=0.0)
     schedule: list[tuple[Fraction, float]] = Field(default_factory=lambda: [(0.0, 1.0)], min_length=1)
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Term:
+        points = [progress for progress, _ in self.schedule]
+        if points != sorted(set(points)):
+            raise ValueError(f"the points of a schedule ascend in progress: {points}")
+        return self
+
+
+Terms = Annotated[list[Term], Field(min_length=1)]
+
 
 class Joint(Objective):
     """Terms over one backbone. The first that gives an output, or names partners, gives it for all."""
 
     progress: Tensor
 
-    def __init__(self, backbone: Backbone, recipe: AugmentConfig, *, terms: list[Term]) -> None:
+    def __init__(self, backbone: Backbone, recipe: AugmentConfig, *, terms: Terms) -> None:
         from sslscale.objectives import build_objective
 
         self.takes = backbone.OFFERS[0]  # type: ignore[misc] # each term is offered what it takes of that

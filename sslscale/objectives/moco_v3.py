@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslscale.config import AugmentConfig
+from sslscale.config.base import AboveZero
 from sslscale.config.models import Fraction
 from sslscale.models.collectives import gather_rows, rank
 from sslscale.models.heads import mlp
@@ -39,7 +40,7 @@ class MoCoV3(TeacherObjective):
         backbone: Backbone,
         recipe: AugmentConfig,
         *,
-        temperature: float = 0.2,
+        temperature: AboveZero = 0.2,
         momentum: Fraction = 0.99,
         hidden_dim: int = 4096,
         output_dim: int = 256,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslscale.config import AugmentConfig
+from sslscale.config.base import AboveZero
 from sslscale.models.collectives import rank
 from sslscale.models.heads import mlp
 from sslscale.models.image import Backbone
@@ -34,7 +35,7 @@ class SimCLR(Objective):
         backbone: Backbone,
         recipe: AugmentConfig,
         *,
-        temperature: float = 0.5,
+        temperature: AboveZero = 0.5,
         hidden_dim: int = 512,
         output_dim: int = 128,
     ) -> None:

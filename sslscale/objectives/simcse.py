@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sslscale.config import AugmentConfig
-from sslscale.config.base import Fraction
+from sslscale.config.base import AboveZero, Fraction
 from sslscale.errors import UserError
 from sslscale.models.collectives import rank
 from sslscale.models.heads import mlp
@@ -38,7 +38,7 @@ class SimCSE(Objective):
         backbone: TextBackbone,
         recipe: AugmentConfig,
         *,
-        temperature: Annotated[float, Field(gt=0.0)] = 0.05,
+        temperature: AboveZero = 0.05,
         hidden_dim: int = 512,
         output_dim: int = 128,
         span: tuple[Fraction, Fraction] = (1.0, 1.0),

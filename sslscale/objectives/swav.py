@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sslscale.config import AugmentConfig
+from sslscale.config.base import AboveZero
 from sslscale.config.models import Fraction, Positive
 from sslscale.models.collectives import all_reduce_sum, gather_rows, rank, world_size
 from sslscale.models.heads import Prototypes, mlp
@@ -47,7 +48,7 @@ class SwAV(Objective):
         recipe: AugmentConfig,
         *,
         num_prototypes: Positive = 3000,
-        temperature: float = 0.1,
+        temperature: AboveZero = 0.1,
         epsilon: float = 0.05,
         sinkhorn_iterations: Positive = 3,
         queue_batches: Annotated[int, Field(ge=0)] = 0,

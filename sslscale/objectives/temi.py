@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sslscale.config import AugmentConfig
+from sslscale.config.base import AboveZero
 from sslscale.config.models import Fraction, Positive
 from sslscale.models.collectives import all_reduce_mean
 from sslscale.models.image import Backbone
@@ -45,7 +46,7 @@ class TEMI(NeighbourClustering, TeacherObjective):
         num_neighbours: Positive = 50,
         refresh_epochs: float = 0.0,
         beta: Fraction = 0.6,
-        temperature: float = 0.1,
+        temperature: AboveZero = 0.1,
         momentum: Fraction = 0.996,
         marginal_momentum: Fraction = 0.9,
     ) -> None:

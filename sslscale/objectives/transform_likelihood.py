@@ -30,6 +30,8 @@ from sslscale.views.base import Batch
 from sslscale.views.keyed import KeyedRandom
 from sslscale.views.transforms import Transformed, transform, transformations
 
+_HELD_OUT = 128  # samples of a pass of an evaluation
+
 
 class TransformLikelihood(Objective):
     """How unlikely an image's own transformations are."""
@@ -97,7 +99,11 @@ class TransformLikelihood(Objective):
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, random: KeyedRandom) -> dict[str, float]:
         """`held_out_loss`."""
-        return {"held_out_loss": float(all_reduce_mean(self(self.held_out_batch(inputs, random))["loss"]))}
+        losses = inputs.new_zeros(len(inputs))
+        for start in range(0, len(inputs), _HELD_OUT):  # each is a view many times over
+            own = slice(start, start + _HELD_OUT)
+            losses[own] = self(self.held_out_batch(inputs[own], KeyedRandom(random.keys[own])))["loss"]
+        return {"held_out_loss": float(all_reduce_mean(losses.mean()))}
 
 
 def dirichlet_mle(log_y: Tensor, iterations: int = 1000) -> Tensor:

@@ -23,7 +23,7 @@ from sslscale.cluster.kmeans import check_num_clusters
 from sslscale.cluster.ranges import RANGE_BYTES
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
-from sslscale.plan.model import RANKS, Machine
+from sslscale.plan.model import RANKS, Machine, check_rates
 from sslscale.plan.text import duration, size, table
 from sslscale.provenance import hardware
 from sslscale.runtime.base import compute_threads
@@ -218,12 +218,13 @@ def run_clustering_plan(
     """Plans k-means by `config.cluster` and `config.embed.part_rows` over vectors of a shape such as "1000000000x384".
 
     `matrix` (FLOP/s) and `memory` (bytes a second) are those of the device that will compute; without them it is this
-    machine's processor. UserError for a shape that is none, and without a section cluster.
+    machine's processor. UserError for a shape or a rate that is none, and without a section cluster.
     """
     if config.cluster is None:
         raise UserError("the config has no cluster section", fix="say cluster.num_clusters=1000000, for example")
     numbers = config.cluster.num_clusters
     clusters = max(numbers) if isinstance(numbers, list) else numbers
+    check_rates(matrix=matrix, memory=memory)
     vectors = Vectors(*_shape(shape), clusters, config.embed.part_rows, config.cluster.num_init)
     check_num_clusters(clusters, vectors.rows)
     here = measure_rates(vectors.dim, clusters, config.runtime.threads)

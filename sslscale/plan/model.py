@@ -7,7 +7,10 @@ moments. Communication is that of ring collectives: each rank sends and receives
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from sslscale.errors import UserError
 
 FP32 = 4
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)  # that a plan shows
@@ -25,6 +28,8 @@ class Measured:
     state_values: float
     """fp32 values that the optimizer keeps for a trained parameter: 2 of AdamW, 1 of SGD with momentum."""
     zero_stage: int
+    offloaded: bool
+    """Whether the optimizer's share lies in the node's memory, and not in the device's."""
     peak_bytes: int
     """Of the largest rank, above what its imports take."""
     step_seconds: float
@@ -42,7 +47,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Machine:
-    """Bandwidths in bytes a second, stated, not measured."""
+    """Bandwidths in bytes a second, stated, not measured. UserError for one that is not above zero."""
 
     ranks_per_node: int
     link: float
@@ -51,6 +56,9 @@ class Machine:
     """Of one node, each way: its ranks share it."""
     store: float
     """What the store of the shards and checkpoints gives all nodes together."""
+
+    def __post_init__(self) -> None:
+        check_rates(link=self.link, network=self.network, store=self.store)
 
 
 @dataclass(frozen=True)
@@ -82,21 +90,32 @@ class Scale:
     """What a step waits for: compute, network or store."""
 
 
+def check_rates(**stated: float | None) -> None:
+    """UserError for a stated rate that is not above zero; None is measured."""
+    for name, rate in stated.items():
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserError(f"--{name} is a rate", got=rate, allowed="above 0")
+
+
 def states(measured: Measured, zero_stage: int, ranks: int) -> Memory:
     """Parameters, gradients and optimizer of one rank; no activations.
 
-    From stage 1 on DeepSpeed partitions the optimizer's moments and a master copy of the trained parameters, from
-    stage 2 on gradients, in stage 3 parameters.
+    From stage 2 on DeepSpeed partitions gradients, in stage 3 parameters; for the optimizer see `optimizer_bytes`.
     """
     share = 1.0 / ranks
-    master = FP32 * measured.trained if zero_stage else 0
-    moments = FP32 * measured.state_values * measured.trained
+    beside = measured.offloaded and zero_stage > 0
     return Memory(
         parameters=FP32 * measured.parameters * (share if zero_stage == 3 else 1.0),
         gradients=FP32 * measured.trained * (share if zero_stage >= 2 else 1.0),
-        optimizer=(master + moments) * (share if zero_stage else 1.0),
+        optimizer=0.0 if beside else optimizer_bytes(measured, zero_stage, ranks),
         activations=0.0,
     )
+
+
+def optimizer_bytes(measured: Measured, zero_stage: int, ranks: int) -> float:
+    """The moments of one rank and, from stage 1 on, its share of them and of a master copy of trained parameters."""
+    moments = FP32 * measured.state_values * measured.trained
+    return (FP32 * measured.trained + moments) / ranks if zero_stage else moments
 
 
 def memory(measured: Measured, zero_stage: int, ranks: int) -> Memory:

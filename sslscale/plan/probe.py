@@ -163,6 +163,7 @@ def _measure(config: RunConfig, folder: Path, ranks: int, rank: int) -> Probe:
         trained=sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in parameters if p.requires_grad),
         state_values=_STATE_VALUES[config.pretrain.optimizer.name],
         zero_stage=config.pretrain.zero_stage,
+        offloaded=cuda and config.pretrain.offload_optimizer == "cpu",
         peak_bytes=max(peaks),
         step_seconds=step_seconds,
         warming_seconds=max(0.0, sum(seconds) - len(seconds) * step_seconds),

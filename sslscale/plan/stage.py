@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
-from sslscale.plan.model import RANKS, Machine, Measured, Memory, Scale, memory, scale
+from sslscale.plan.model import RANKS, Machine, Measured, Memory, Scale, memory, optimizer_bytes, scale
 from sslscale.plan.probe import Probe, probe
 from sslscale.plan.text import duration, size, table
 from sslscale.pretrain.stage import dataset_shards
@@ -109,6 +109,14 @@ def _misfits(found: Probe, by_stage: dict[int, Memory], ranks_of_a_node: int) ->
     ]
 
 
+def _beside(plan: Plan) -> list[str]:
+    """What a rank needs of the node's memory beside its device's."""
+    if not plan.measured.offloaded:
+        return []
+    optimizer = optimizer_bytes(plan.measured, plan.zero_stage, plan.ranks)
+    return [f"the optimizer's {size(optimizer)} a rank are in the node's memory"]
+
+
 def plan_lines(plan: Plan) -> list[str]:
     """The plan as a user reads it."""
     measured = plan.measured
@@ -130,6 +138,7 @@ def plan_lines(plan: Plan) -> list[str]:
                 for stage, needed in plan.memory_by_zero_stage.items()
             ],
         ),
+        *_beside(plan),
         *[f"does not fit: {misfit}" for misfit in plan.misfits],
         "",
         f"at {measured.samples:,} samples a rank: {measured.ranks} measured here, more by stated bandwidths",

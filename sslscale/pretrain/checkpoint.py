@@ -202,7 +202,7 @@ class Checkpoints:
             raise StageError(
                 "pretrain: DeepSpeed carries only AdamW's state over to another number of ranks",
                 got=f"{entry['world_size']} ranks then, {engine.world_size} now, {engine.config.optimizer.name}",
-                fix=f"run with pretrain.num_workers={entry['world_size']}, or with zero_stage 0",
+                fix=f"run with pretrain.num_workers={entry['world_size']} (a run begun with zero_stage 0 takes any)",
             )
 
 

@@ -6,7 +6,8 @@ pass gives is held by every rank: N rows. The decoded samples are kept for the n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -82,11 +83,12 @@ class TrainingCorpus:
             if isinstance(module, _BatchNorm):
                 module.reset_running_stats()
                 module.train()
-        for turn in range(_SETTLING):
-            self._feed()
-            inputs, read = self._load(turn % self._chunks)
-            if read.any():
-                backbone(as_input(inputs[read].to(self._device)))
+        with _alone(backbone):
+            for turn in range(_SETTLING):
+                self._feed()
+                inputs, read = self._load(turn % self._chunks)
+                if read.sum() > 1 or self._chunks == 1:  # a single sample has no variance
+                    backbone(as_input(inputs[read].to(self._device)))
         backbone.train()
 
     @torch.no_grad()
@@ -126,7 +128,8 @@ class TrainingCorpus:
         instead = next((array for array in arrays if array is not None), None)
         if instead is None:
             instead = self._first_readable()
-        inputs = self._reader.collate([instead if array is None else array for array in arrays], _CHUNK)
+        arrays += [None] * (_CHUNK - len(ids))
+        inputs = self._reader.collate([instead if array is None else array for array in arrays])
         found = inputs, read
         if (len(self._kept) + 1) * inputs.nbytes <= _KEPT_BYTES:
             self._kept[chunk] = found
@@ -179,3 +182,16 @@ class TrainingCorpus:
         if world_size() > 1:
             dist.broadcast(found, src=0)
         return found
+
+
+@contextlib.contextmanager
+def _alone(module: torch.nn.Module) -> Iterator[None]:
+    """BatchNorm counts each rank's samples by themselves."""
+    gathered = [child for child in module.modules() if hasattr(child, "alone")]
+    for child in gathered:
+        child.alone = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for child in gathered:
+            child.alone = False  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from sslscale.pretrain.optimizer import build_optimizer, set_schedules
 from sslscale.views.base import Batch
 
 SHARDED, UNIVERSAL = "deepspeed", "universal"
+_SCALE = "loss_scale"
 
 
 @dataclass(frozen=True)
@@ -159,15 +161,27 @@ class Engine:
         values = (packed / self.world_size).tolist()
         finite = values[-1] == 0.0
         self._optimizer.skip = not finite
+        scale = self._loss_scale()
         self._engine.step()
+        seeks_scale = math.isfinite(values[names.index("loss")]) and 1.0 <= self._loss_scale() < scale
         if not finite:
             for tensor, value in zip(self._statistics, before, strict=True):
                 tensor.copy_(value)
-        self._count(finite, values[names.index("loss")], step)
+        self._count(finite, values[names.index("loss")], step, seeks_scale)
         return StepResult({**dict(zip(names, values, strict=False)), "lr": lr}, applied=finite, stop=values[-2] > 0)
 
-    def _count(self, finite: bool, loss: float, step: int) -> None:
-        self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
+    @property
+    def _scaler(self) -> Any:
+        """The loss scale of precision fp16, which DeepSpeed leaves out of its checkpoints; None of the others."""
+        return getattr(self._engine, "torch_autocast_z0_gradscaler", None)
+
+    def _loss_scale(self) -> float:
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    def _count(self, finite: bool, loss: float, step: int, seeks_scale: bool) -> None:
+        """A step that overflowed under a loss scale that is lowered now is not applied, and no sign of divergence."""
+        if not seeks_scale:
+            self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
         self.bad_steps += not finite
         if self._bad_in_a_row >= self.config.max_bad_steps:
             raise StageError(
@@ -179,7 +193,8 @@ class Engine:
     def save(self, folder: Path) -> Exception | None:
         """Writes DeepSpeed's sharded state into `folder`; every rank calls it. Returns why this rank could not."""
         self._not_written: Exception | None = None
-        self._engine.save_checkpoint(str(folder), tag=SHARDED, save_latest=False)
+        scale = {} if self._scaler is None else {_SCALE: self._scaler.state_dict()}
+        self._engine.save_checkpoint(str(folder), tag=SHARDED, client_state=scale, save_latest=False)
         return self._not_written
 
     def _write(self, state_dict: Any, path: str) -> None:
@@ -192,7 +207,7 @@ class Engine:
     def load(self, folder: Path) -> None:
         """The inverse of `save`; an engine made with `universal` reads what `make_universal` wrote."""
         own = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=UNIVERSAL if self._universal else SHARDED)
+        loaded, more = self._engine.load_checkpoint(str(folder), tag=UNIVERSAL if self._universal else SHARDED)
         # Under ZeRO 3 the universal form gives every group the settings of the first, and all states one step counter.
         for group, settings in zip(self._optimizer.param_groups, own, strict=True):
             group.update(settings)
@@ -201,6 +216,8 @@ class Engine:
                 state["step"] = state["step"].clone()
         if loaded is None:
             raise StageError("pretrain: DeepSpeed cannot load its checkpoint", got=str(folder))
+        if self._scaler is not None and _SCALE in more:
+            self._scaler.load_state_dict(more[_SCALE])
 
     def whole_state(self) -> dict[str, Tensor]:
         """The objective's whole state dict (on rank 0; gathered from all ranks under ZeRO 3)."""

@@ -116,7 +116,9 @@ class Evaluator:
 
     def _views(self, objective: Objective) -> Tensor:
         """(n, q, D): features of q augmented views, the same ones at every evaluation."""
-        inputs = as_input(self.inputs[:_VIEWED].to(self.device))
+        count = min(_VIEWED, len(self.inputs))
+        spread = torch.arange(count) * len(self.inputs) // count  # shards may be in the order of classes
+        inputs = as_input(self.inputs[spread].to(self.device))
         ids = torch.arange(len(inputs), device=self.device)
         random = KeyedRandom.of(0, torch.zeros_like(ids), ids).fold("evaluation")
         made = [

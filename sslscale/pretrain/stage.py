@@ -122,6 +122,8 @@ def check_settings(config: RunConfig) -> Objective:
         check_dataset(config, dataset)
     with torch.device("meta"):
         backbone = build_backbone(config.pretrain.backbone)
+        if config.pretrain.freeze_backbone:
+            backbone.freeze()
         if config.pretrain.activation_checkpointing:
             backbone.checkpoint_activations()
         objective = build_objective(config.pretrain.objective, backbone, config.pretrain.views)

@@ -85,7 +85,7 @@ def test_what_was_deleted_outlives_a_kill_while_another_index_takes_its_place(ru
     build(run)
     Index.open(run).delete(DOOMED)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "on_start", lambda: (_ for _ in ()).throw(Killed))  # the old index is gone by then
+        patch.setattr(run, "on_start", lambda folder: (_ for _ in ()).throw(Killed))  # the old index is gone by then
         with pytest.raises(Killed):
             build(run, overwrite=True, factory="IVF8,Flat")
     assert build(run, factory="IVF8,Flat")["num_deleted"] == len(DOOMED)

@@ -73,3 +73,17 @@ def test_batch_norm_is_not_recomputed():
 def test_there_is_nothing_to_offload_without_zero():
     with pytest.raises(ValueError, match="offload_optimizer needs zero_stage 1, 2 or 3"):
         PretrainConfig(zero_stage=0, offload_optimizer="cpu")
+
+
+def test_the_search_for_a_loss_scale_is_no_divergence_and_what_it_found_is_saved(tmp_path: Path):
+    def scaler(engine: Engine) -> torch.amp.GradScaler:
+        return engine._scaler
+
+    first = start("rotation", precision="fp16", zero_stage=0, max_bad_steps=2)
+    scaler(first)._init_scale = 2.0**40  # gradients overflow in fp16 for many steps
+    train(first, range(STEPS))
+    assert first.bad_steps == STEPS and scaler(first).get_scale() < 2.0**40
+    assert first.save(tmp_path) is None
+    second = start("rotation", precision="fp16", zero_stage=0, max_bad_steps=2)
+    second.load(tmp_path)
+    assert scaler(second).get_scale() == scaler(first).get_scale()

@@ -87,6 +87,9 @@ def test_every_verb_takes_what_all_share(cli, verb: str) -> None:
         (("search", "RUN", "--queries", "x", "--output", "y", "--dataset", "train"), "--dataset"),
         (("search", "RUN", "--query", "a.png", "--dataset", "train"), "--dataset"),
         (("features", "export", "RUN", "--format", "npy", "--output", "x", "--runtime", "ray"), "--runtime"),
+        (("plan", "--matrix", "400"), "--matrix"),
+        (("plan", "--vectors", "1000x4", "--gpus", "3"), "--gpus"),
+        (("plan", "--vectors", "1000x4", "--ranks-per-node", "3"), "--ranks-per-node"),
     ],
 )
 def test_options_that_go_with_others_are_refused_without_them(cli, arguments: tuple[str, ...], option: str) -> None:
@@ -121,3 +124,31 @@ def test_the_recorded_command_can_be_given_again(cli, tmp_path: Path) -> None:
     command = read_json(Path(run) / "manifest.json")["command"]
     assert command == f"pack --run '{run}' pack.source=digits pack.limit=5 pack.workers=1 '{output}'"
     assert (tmp_path / "of #1" / "train").is_dir()
+
+
+def test_the_limit_of_pack_is_of_what_it_packs(cli) -> None:
+    settings = ("pack", "pack.source=digits", "pack.output=data", "--limit", "3")
+    assert resolved(cli, *settings)["config"]["pack"]["limit"] == 3
+    assert resolved(cli, "cluster", "--limit", "3")["config"]["limit"] == 3
+
+
+def test_a_limit_of_what_reads_no_samples_says_so(cli) -> None:
+    code, _, err = cli("cluster", "--limit", "3", "--dry-run")
+    assert code == 0 and "cluster takes all that are embedded" in err
+
+
+@pytest.mark.parametrize("option", ["--store", "--network", "--matrix", "--memory"])
+def test_a_rate_is_above_zero(cli, option: str) -> None:
+    code, _, err = cli("plan", "--vectors", "1000x4", option, "0")
+    assert code == 2 and f"{option} is a rate" in err
+
+
+def test_an_interrupted_stage_says_how_to_go_on(cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sslscale.pipeline as pipeline
+
+    def interrupted(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(pipeline.STAGES, "cluster", interrupted)
+    code, _, err = cli("cluster", "--run", str(tmp_path / "run"), "--runtime", "local")
+    assert code == 130 and "run the same command to go on" in err

@@ -144,6 +144,21 @@ def test_a_readable_dataset(packages: dict[str, Any], tmp_path: Path) -> None:
     assert check == Check("dataset train", "ok", f"{tmp_path / 'digits' / 'train'}: 1 shards, 20 samples")
 
 
+def test_a_dataset_whose_first_shard_is_left_out(packages: dict[str, Any], tmp_path: Path) -> None:
+    from sslscale.config import PackConfig
+    from sslscale.shards.dataset import open_shards, write_filtered
+    from sslscale.shards.write import run_pack
+
+    run_pack(PackConfig(source="digits", output=str(tmp_path), limit=20, samples_per_shard=10, workers=1))
+    shards = open_shards(str(tmp_path / "train")).shards
+    write_filtered(tmp_path / "second.json", [shards[0].without(range(10)), shards[1]])
+    write_filtered(tmp_path / "none.json", [shard.without(range(10)) for shard in shards])
+    lists = [f"datasets.{name}={tmp_path / name}.json" for name in ("second", "none")]
+    found = rows(config_of(tmp_path, *lists))
+    assert (found["dataset second"].status, found["dataset none"].status) == ("ok", "fail")
+    assert "holds no sample" in found["dataset none"].detail
+
+
 def test_what_lies_beside_the_packs_output_is_opened(packages: dict[str, Any], tmp_path: Path) -> None:
     pack = ["pack.source=digits", f"pack.output={tmp_path / 'digits'}"]
     found = rows(config_of(tmp_path, *pack, f"datasets.beside={tmp_path / 'digits-2' / 'train'}"))

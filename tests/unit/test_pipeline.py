@@ -108,6 +108,29 @@ def test_a_later_command_changes_its_own_sections_only(config: Any, shards: Path
     assert read_json(run / "embed" / "train" / "stage.json")["command"] == "embed"
 
 
+def test_a_command_records_what_it_has_begun(config: Any, tmp_path: Path) -> None:
+    manifest = tmp_path / "run" / "manifest.json"
+    run_stages(["embed", "cluster"], config())
+    assert read_json(manifest)["begun"] == ["embed/train", "cluster/main"]
+    run_stages(["cluster", "anomaly"], config())
+    assert read_json(manifest)["begun"] == ["anomaly/main"]
+
+
+def test_an_interrupt_ends_as_a_signal_does(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslscale.anomaly.knn import KNNWorker
+    from sslscale.errors import Interrupted
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    run_stages(["embed"], config())
+    monkeypatch.setattr(KNNWorker, "score", interrupt)
+    with pytest.raises(Interrupted) as stopped:
+        run_stages(["anomaly"], config())
+    assert stopped.value.exit_code == 130
+    assert run_status(config().run).status == "interrupted"
+
+
 def test_a_run_is_done_when_its_stages_are(config: Any, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run_stages(["embed"], config())

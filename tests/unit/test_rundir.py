@@ -137,12 +137,12 @@ def test_the_advice_is_one_that_the_stage_can_follow(
 
 
 def test_a_stage_keeps_who_began_it_also_in_a_run_that_is_part_of_another(run: RunDir) -> None:
-    run.on_start = lambda: {"command": "cluster"}
+    run.on_start = lambda folder: {"command": "cluster"}
     inner = RunDir(run.path / "baselines" / "pixels", part_of=run)
     for holder in (run, inner):
         begun = holder.open_stage("cluster", "main", {}, {})
         assert read_json(begun.path / "stage.json")["command"] == "cluster"
-        holder.on_start = lambda: {"command": "another"}
+        holder.on_start = lambda folder: {"command": "another"}
         assert read_json(holder.open_stage("cluster", "main", {}, {}).path / "stage.json")["command"] == "cluster"
 
 

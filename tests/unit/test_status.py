@@ -165,3 +165,13 @@ def test_a_run_that_has_recorded_no_status_yet(tmp_path: Path) -> None:
         run.record(counts={"pack": None})
         assert run_status(str(tmp_path)).status == "running"
     assert run_status(str(tmp_path)).status == "lost"
+
+
+def test_what_an_earlier_command_left_is_not_running(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.open_stage("anomaly", "main", {"datasets": None}, {})
+    run.open_stage("reduce", "main", {}, {})
+    run.record(status="running", begun=["reduce/main"])
+    with run:
+        states = {stage.stage: stage.state for stage in run_status(str(tmp_path)).stages}
+    assert states == {"anomaly/main": "stopped", "reduce/main": "running"}

@@ -38,12 +38,13 @@ def elsewhere(url: str, name: str, data: bytes) -> None:
 
 
 def test_a_working_copy_says_which_url_it_is_of(tmp_path: Path) -> None:
-    for url in ("s3://bucket/runs/a", "gs://other/x"):
+    for url in ("s3://bucket/runs/a", "gs://other/x", "hdfs:///user/x"):  # the last one names no host
         assert storage.remote_url(storage.local_path(url)) == url
         assert storage.remote_url(storage.local_path(url) / "embed" / "part-0.npy") == f"{url}/embed/part-0.npy"
         assert RunDir(url).path == storage.local_path(url)
         assert RunDir(RunDir(url).path / "baselines" / "pixels").path == RunDir(f"{url}/baselines/pixels").path
     assert storage.local_path(tmp_path / "run") == tmp_path / "run"
+    assert storage.local_path(f"file://{tmp_path}/run") == tmp_path / "run"
     assert storage.remote_url(tmp_path / "run") is None
 
 

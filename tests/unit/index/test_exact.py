@@ -50,3 +50,19 @@ def test_parts_of_a_set_are_searched_by_row_id(tmp_path):
     expected, expected_ids = exact_knn(x, positions, ArrayReference(x), 12, "l2")
     np.testing.assert_array_equal(ids, features.row_ids(expected_ids))
     np.testing.assert_array_equal(distances, expected)
+
+
+def test_few_candidates_are_compared_at_a_time(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    expected = exact_knn(x, np.arange(50), ArrayReference(x), 5, "cosine")
+    sizes, take = [], ArrayReference.take
+
+    def taken(self, ids):
+        sizes.append(len(ids))
+        return take(self, ids)
+
+    monkeypatch.setattr(ArrayReference, "take", taken)
+    monkeypatch.setattr(exact, "RESCORE_BYTES", 4 * 6 * 8 * 7)  # seven queries with k + 1 candidates each
+    for ours, theirs in zip(exact_knn(x, np.arange(50), ArrayReference(x), 5, "cosine"), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert sizes == [42] * 7 + [6]

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from sslscale import storage
 from sslscale.cli import app
 from sslscale.config import RunConfig, dump_config
 from sslscale.errors import UserError
@@ -138,3 +139,17 @@ def test_what_is_wrong_writes_nothing(run, tmp_path):
     with pytest.raises(UserError, match="at this path already"):
         export(run, tmp_path / "out", "npy")
     assert (tmp_path / "out/train.npy").read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_files_go_to_a_store(run, rows, s3, format):
+    place = f"{s3}/exported"
+    done = CliRunner().invoke(app, ["features", "export", str(run.path), "--output", place, "--format", format])
+    assert done.exit_code == 0, done.output
+    fs, root = storage.filesystem(place)
+    assert sorted(f"s3://{name}" for name in fs.find(root)) == sorted(done.stdout.split())
+    if format == "npy":
+        with fs.open(f"{root}/train.npy") as file:
+            np.testing.assert_array_equal(np.load(file), rows)
+    again = CliRunner().invoke(app, ["features", "export", str(run.path), "--output", place, "--format", format])
+    assert isinstance(again.exception, UserError) and f"{place}/train" in str(again.exception)

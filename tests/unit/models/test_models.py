@@ -99,3 +99,37 @@ def test_an_unknown_backbone_is_refused_with_the_choices(tmp_path):
         find_embedder("pixel", tmp_path, channels=1, size=8)
     with pytest.raises(UserError, match="no exported backbone"):
         find_embedder("pretrain", tmp_path, channels=1, size=8)
+
+
+@pytest.mark.parametrize("architecture", ["mobilenetv3_small_050", "lcnet_050", "resnet18", "convnext_atto"])
+def test_features_are_as_wide_as_is_said(architecture):
+    backbone = Backbone(BackboneConfig(architecture=architecture)).eval()
+    assert backbone(torch.rand(2, 3, 32, 32)).shape == (2, backbone.feature_dim)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("vit_tiny_patch16_224", "proj_drop_rate"), ("vit_tiny_patch16_224", "pos_drop_rate"), ("resnet18", "drop_rate")],
+)
+def test_dropout_that_would_draw_by_rank_is_refused(architecture, name):
+    with pytest.raises(UserError, match=f"by rank.*\n.*kwargs.{name}=0.1"):
+        Backbone(BackboneConfig(architecture=architecture, kwargs={name: 0.1}))
+
+
+def test_a_models_own_dropout_is_off():
+    backbone = Backbone(BackboneConfig(architecture="ghostnet_050")).train()
+    assert backbone.model.drop_rate == 0.0  # 0.2 by default
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(backbone(images), backbone(images))
+
+
+def test_views_of_a_size_that_a_vit_does_not_take_are_refused():
+    backbone, images = Backbone(VIT).eval(), torch.rand(2, 3, 32, 32)
+    for compute in (backbone, backbone.tokens):
+        with pytest.raises(UserError, match=r"32x32, vit_tiny_patch16_224\n.*16x16"):
+            compute(images)
+    dynamic = VIT.model_copy(update={"kwargs": {**VIT.kwargs, "dynamic_img_size": True}})
+    assert Backbone(dynamic).eval()(images).shape == (2, 192)

@@ -119,3 +119,19 @@ def test_the_pooler_that_nothing_trains_is_left_out(fitted, tmp_path):
 def test_a_backbone_that_cannot_be_built_says_why(changes, message):
     with pytest.raises(UserError, match=message):
         TextBackbone(BERT.model_copy(update=changes))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "room"), [("bert", 512), ("roberta", 511), ("gpt2", 1024), ("distilbert", 512), ("opt", 2048)]
+)
+def test_texts_longer_than_a_table_of_positions_are_refused(architecture, room):
+    kwargs = {"dropout": 0.0} if architecture == "opt" else {}
+    with torch.device("meta"):
+        TextBackbone(TextConfig(architecture=architecture, max_length=room, kwargs=kwargs))
+        with pytest.raises(UserError, match=f"has positions\n.*max_length={room + 1}\n.*at most {room}"):
+            TextBackbone(TextConfig(architecture=architecture, max_length=room + 1, kwargs=kwargs))
+
+
+def test_dropout_that_is_no_module_is_refused():
+    with torch.device("meta"), pytest.raises(UserError, match=r"by rank.*\n.*dropout=0.1\n.*kwargs.dropout=0"):
+        TextBackbone(TextConfig(architecture="opt", max_length=32))

@@ -13,7 +13,7 @@ from sslscale.errors import UserError
 from sslscale.models.heads import Prototypes
 from sslscale.models.image import Backbone
 from sslscale.objectives import build_objective
-from sslscale.objectives.base import by_resolution, full_precision
+from sslscale.objectives.base import by_resolution, full_precision, swapped_cross_entropy
 from sslscale.objectives.moco_v3 import contrast
 from sslscale.objectives.swav import sinkhorn
 from sslscale.objectives.teacher import Teacher
@@ -182,6 +182,20 @@ def test_contrast_is_the_papers_formula():
     rows = [np.exp(q[i].numpy() @ k.numpy().T / 0.3) for i in range(5)]
     expected = np.mean([-2 * 0.3 * np.log(row[i] / row.sum()) for i, row in enumerate(rows)])
     assert contrast(3 * q, 2 * k, 0.3).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_swapped_codes_are_compared_in_full_precision():
+    scores, codes = torch.randn(3, 8, 5) * 10, torch.randn(2, 8, 5).softmax(dim=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(swapped_cross_entropy(codes, scores), swapped_cross_entropy(codes, scores.float()))
+        half = swapped_cross_entropy(codes.bfloat16(), scores.bfloat16())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, swapped_cross_entropy(codes, scores), rtol=0.01, atol=0.01)
+    expected = (
+        -sum((codes[g] * scores[v].log_softmax(1)).sum(1).mean() for g in range(2) for v in range(3) if v != g) / 4
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(swapped_cross_entropy(codes, scores), expected)
 
 
 def test_a_loss_in_full_precision_does_not_see_autocast():

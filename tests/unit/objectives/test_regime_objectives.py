@@ -8,12 +8,12 @@ import torch
 from scipy.stats import dirichlet
 from sklearn.metrics import adjusted_rand_score
 
-from sslscale.config import AugmentConfig, BackboneConfig, CollapseConfig, load_config
+from sslscale.config import AugmentConfig, BackboneConfig, CollapseConfig, PretrainConfig, RunConfig, load_config
 from sslscale.corpus import TOOLS
 from sslscale.errors import UserError
 from sslscale.models.export import export_backbone
 from sslscale.models.image import Backbone
-from sslscale.objectives import build_objective
+from sslscale.objectives import build_objective, transform_likelihood
 from sslscale.objectives.base import Moment
 from sslscale.objectives.clustering import nearest_centroid_logits
 from sslscale.objectives.export import export_objective, load_heads, load_objective, read_objective_meta
@@ -221,6 +221,13 @@ def test_the_same_objective_goes_on_with_its_heads_alone_or_beside_others(tmp_pa
         ({"name": "iic", "num_clusters": 1}, "num_clusters"),
         ({"name": "joint", "terms": [{"objective": {"name": "scna"}}]}, "did you mean 'scan'"),
         ({"name": "joint", "terms": [{"objective": {"name": "simclr"}, "wieght": 2}]}, "unknown setting .*wieght"),
+        ({"name": "joint", "terms": []}, "terms"),
+        (
+            {"name": "joint", "terms": [{"objective": {"name": "simclr"}, "schedule": [[0.5, 1.0], [0.2, 0.0]]}]},
+            "ascend in progress",
+        ),
+        ({"name": "simclr", "temperature": 0.0}, "temperature"),
+        ({"name": "dino", "student_temperature": -1.0}, "student_temperature"),
         ({"name": "transform_likelihood", "copies": 99}, "more copies than transformations"),
         (
             {"name": "joint", "terms": [{"objective": {"name": "experts", "num_clusters": 3}}]},
@@ -231,6 +238,39 @@ def test_the_same_objective_goes_on_with_its_heads_alone_or_beside_others(tmp_pa
 def test_wrong_settings_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         build_objective(config, Backbone(RESNET), RECIPE)
+
+
+def test_loading_an_objective_leaves_its_backbone_as_it_was_trained(tmp_path):
+    terms = [{"objective": {"name": name}} for name in ("colorization", "deep_svdd")]
+    objective = build_objective({"name": "joint", "terms": terms}, Backbone(RESNET8), RECIPE).eval()
+    with torch.no_grad():
+        objective.backbone.model.conv1.weight[:, 0] += 1.0  # which another term than colorization is free to learn
+    state, images = objective.state_dict(), torch.rand(4, 3, 16, 16)
+    model = {name.removeprefix("backbone.model."): value for name, value in state.items() if "backbone." in name}
+    sha256 = export_backbone(objective.backbone, model, tmp_path / "backbone", size=16)
+    export_objective(objective, RECIPE, state, tmp_path / "objective", backbone=sha256)
+    theirs = load_objective(tmp_path / "objective").outputs(images)
+    torch.testing.assert_close(theirs["features"], objective.outputs(images)["features"])
+
+
+def test_what_a_frozen_backbone_allows_is_not_refused():
+    objective = {"name": "temi", "num_clusters": 4, "num_heads": 2, "num_neighbours": 3}
+    settings = {"objective": objective, "backbone": RESNET, "views": RECIPE, "num_workers": 1}
+    batches = {"global_batch": 64, "micro_batch": 16, "num_streams": 4}
+    pretrain = PretrainConfig(**settings, **batches, freeze_backbone=True, init_from="elsewhere")
+    check_settings(RunConfig(datasets={"train": "shards"}, pretrain=pretrain))
+    with pytest.raises(UserError, match="cannot accumulate"):
+        check_settings(RunConfig(datasets={"train": "shards"}, pretrain=PretrainConfig(**settings, **batches)))
+
+
+def test_scores_of_held_out_samples_are_those_of_any_pass(monkeypatch):
+    settings = {"name": "transform_likelihood", "flip": False, "copies": 2}
+    objective = build_objective(settings, Backbone(RESNET), RECIPE).eval()
+    images, ids = torch.rand(10, 1, 16, 16), torch.arange(10)
+    random = KeyedRandom.of(0, torch.zeros_like(ids), ids)
+    whole = objective.evaluate(images, random)["held_out_loss"]
+    monkeypatch.setattr(transform_likelihood, "_HELD_OUT", 4)
+    assert objective.evaluate(images, random)["held_out_loss"] == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")

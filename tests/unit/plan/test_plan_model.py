@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from sslscale.plan.model import Machine, Measured, memory, scale, states, step_traffic
+from sslscale.plan.model import Machine, Measured, memory, optimizer_bytes, scale, states, step_traffic
 
 GIB = 2**30
 # A billion parameters, all trained by AdamW; one rank held 20 GB at ZeRO 0 and took a second for 64 samples.
@@ -14,6 +14,7 @@ MEASURED = Measured(
     trained=10**9,
     state_values=2.0,
     zero_stage=0,
+    offloaded=False,
     peak_bytes=20 * 10**9,
     step_seconds=1.0,
     warming_seconds=3.0,
@@ -31,6 +32,13 @@ MACHINE = Machine(ranks_per_node=8, link=100e9, network=50e9, store=20e9)
 )
 def test_states_by_zero_stage(stage: int, ranks: int, gigabytes: float) -> None:
     assert states(MEASURED, stage, ranks).total == pytest.approx(gigabytes * 1e9)
+
+
+def test_an_optimizer_in_the_nodes_memory_takes_none_of_the_devices() -> None:
+    offloaded = dataclasses.replace(MEASURED, zero_stage=1, offloaded=True, peak_bytes=12 * 10**9)
+    assert states(offloaded, 1, 4).optimizer == 0 and states(offloaded, 0, 4).optimizer == 8e9
+    assert optimizer_bytes(offloaded, 1, 4) == 12e9 / 4
+    assert memory(offloaded, 1, 4).activations == 4e9
 
 
 def test_what_is_not_state_stays_with_the_rank() -> None:

@@ -14,6 +14,7 @@ from tars import encode_png, write_tar
 from sslscale.corpus import TOOLS
 from sslscale.errors import StageError, UserError
 from sslscale.models.drop_path import KeyedDropPath
+from sslscale.models.norm import gather_batch_norm
 from sslscale.pretrain.corpus import TrainingCorpus
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.loader import TrainLoader
@@ -120,6 +121,26 @@ def test_batch_norm_is_given_the_statistics_of_what_can_be_read_whatever_it_had(
     assert norm.running_mean.item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_last_chunk_of_one_sample_settles_nothing(tmp_path):
+    images = [(f"{i:04d}.png", encode_png(np.full((4, 4), i % 256, np.uint8))) for i in range(257)]
+    write_tar(tmp_path / "a.tar", images)
+    norm = torch.nn.BatchNorm2d(1)
+    corpus(tmp_path).settle(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), norm))
+    assert norm.running_mean.item() == pytest.approx(np.mean(np.arange(256) / 255) * (1 - 0.9**20), abs=1e-4)
+
+
+def test_what_is_no_sample_is_filled_up_in_a_pass_over_texts(tmp_path):
+    from sslscale.shards.text import TextReader, train_tokenizer
+
+    texts = [f"word {i}" for i in range(5)]
+    train_tokenizer(texts, 60, True, tmp_path / "tokenizer.json")
+    write_tar(tmp_path / "a.tar", [(f"{i}.txt", text.encode()) for i, text in enumerate(texts)])
+    seen = corpus(tmp_path)
+    seen._reader = TextReader(str(tmp_path / "tokenizer.json"), 8)
+    found = seen.map(lambda tokens, random: (tokens >= 0).sum(dim=1) + random.integers("x", 1))
+    assert len(found) == 5 and (found > 1).all()
+
+
 def _on_a_rank(rank: int, world_size: int, folder: str, output: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{output}/store", rank=rank, world_size=world_size)
     torch.save(_answers(folder), Path(output) / f"{rank}.pt")
@@ -129,7 +150,9 @@ def _on_a_rank(rank: int, world_size: int, folder: str, output: str) -> None:
 def _answers(folder: str) -> list[torch.Tensor]:
     seen = corpus(folder)
     features = seen.map(lambda images, random: torch.stack([value(images, random), random.uniform("x")], dim=1))
-    return [features, seen.neighbours(features, 4), seen.centroids(features, 3)]
+    norm = gather_batch_norm(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(1)))
+    seen.settle(norm)
+    return [features, seen.neighbours(features, 4), seen.centroids(features, 3), norm[1].running_var]
 
 
 def test_two_ranks_are_given_what_one_is(shards, tmp_path):

@@ -35,3 +35,16 @@ def test_samples_whose_labels_are_names_are_read_as_samples_without_labels(tmp_p
     write_tar(tmp_path / "a.tar", members)
     inputs, labels = Evaluator._read(SimpleNamespace(reader=ImageReader(1, None)), open_shards(str(tmp_path)), 10)
     assert inputs.shape == (3, 1, 4, 4) and labels.tolist() == [-1, 2, -1]
+
+
+def test_views_are_compared_of_samples_from_all_over_the_dataset():
+    seen = []
+    backbone = SimpleNamespace(augmented=lambda inputs, random, recipe: seen.append(inputs) or inputs)
+    own = SimpleNamespace(
+        inputs=torch.arange(250, dtype=torch.uint8).repeat_interleave(4)[:, None],  # a thousand, in order
+        device=torch.device("cpu"),
+        config=SimpleNamespace(views=None),
+        _features=lambda objective, views: views,
+    )
+    Evaluator._views(own, SimpleNamespace(backbone=backbone))
+    assert len(seen[0]) == 256 and len(seen[0].unique()) > 200
