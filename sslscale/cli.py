@@ -122,26 +122,17 @@ def search(
         refuse("a search without --queries", key=key, query=query, dataset=dataset)
         if output is None:
             raise UserError("there is no place for what is found", fix="--output FILE.parquet")
-    else:
-        refuse("--queries", output=output, runtime=runtime and runtime.value, address=address, workers=workers)
-        if key is None:
-            refuse("--key", dataset=dataset)
-    held = RunDir.reading(run)
-    if queries is not None:
+        held, place = RunDir.reading(run), storage.local_path(output)
         with closing(runtime_of(runtime, address, verbose)) as pools:
             found = search_shards(
-                held,
-                pools,
-                queries=queries,
-                output=storage.local_path(output),
-                k=k,
-                where=where,
-                name=name,
-                workers=workers or 1,
+                held, pools, queries=queries, output=place, k=k, where=where, name=name, workers=workers or 1
             )
         _print_json(found)
         return
-    rows = run_search(held, key=key, query=query, k=k, where=where, name=name, dataset=dataset)
+    refuse("--queries", output=output, runtime=runtime and runtime.value, address=address, workers=workers)
+    if key is None:
+        refuse("--key", dataset=dataset)
+    rows = run_search(RunDir.reading(run), key=key, query=query, k=k, where=where, name=name, dataset=dataset)
     if as_json:
         _print_json(rows)
         return
