@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRA ?= cpu
+# The faiss that is there already, else that of a machine without a GPU; the two exclude each other.
+EXTRA ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
+OTHER := $(if $(filter gpu,$(EXTRA)),cpu,gpu)
 export RAY_USAGE_STATS_ENABLED = 0
 
 .PHONY: quickstart test lint types pytest install clean
@@ -24,17 +26,20 @@ pytest: $(VENV)/.installed-test
 
 install: $(VENV)/.installed-$(EXTRA)
 
-$(BIN)/python:
+$(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-
-$(VENV)/.installed-$(EXTRA): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[$(EXTRA)]'
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-$(EXTRA): pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip uninstall --yes -qq faiss-$(OTHER)
+	$(BIN)/python -m pip install --quiet -e '.[$(EXTRA)]'
+	@rm -f $(VENV)/.installed-$(OTHER)
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.installed-$(EXTRA)
 	$(BIN)/python -m pip install --quiet -e '.[$(EXTRA),test]'
-	@touch $@ $(VENV)/.installed-$(EXTRA)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs data

@@ -16,11 +16,9 @@ run counts.
 from __future__ import annotations
 
 import argparse
-import gzip
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -34,15 +32,15 @@ from sslscale.cluster.lloyd import ArrayRows, lloyd, schedule
 from sslscale.cluster.seeding import initial_state
 from sslscale.models.handcrafted import HOG
 from sslscale.runtime.base import compute_threads
+from sslscale.shards.sources.fashion_mnist import FashionMNIST
 
 DIM, ITERATIONS, SLACK = 384, 25, 1.005
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
 NOISE_RANK, NOISE_SCALE = 64, 0.5  # of the expansion, in standard deviations of the features
 
 
 def expanded(rows: int) -> np.ndarray:
     """(rows, 384) fp32 of unit length: features drawn with replacement, noise along their 64 leading directions."""
-    pixels = np.frombuffer(gzip.decompress(FASHION_MNIST.read_bytes()), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    pixels = FashionMNIST().data["train"][0][:, None]
     hog = HOG(1, 28)
     batches = np.split(pixels, range(4096, len(pixels), 4096))
     features = np.concatenate([hog(torch.from_numpy(batch / np.float32(255))).numpy() for batch in batches])

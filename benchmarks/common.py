@@ -50,6 +50,15 @@ def interleave(runs: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def matrix_rate(threads: int) -> float:
+    """FLOP/s of a large product of fp32 matrices."""
+    from sslscale.runtime.base import compute_threads
+
+    a = np.ones((4096, 4096), np.float32)
+    with compute_threads(threads):
+        return 2 * 4096**3 / interleave({"product": lambda: a @ a})["product"]
+
+
 def random_store(folder: Path, rows: int, dim: int, noise: float) -> None:
     """A feature store of fp16 rows around 4,096 centres, in parts of 2^18; their tables are left out: nothing here
     reads them.

@@ -233,6 +233,7 @@ def against_ray_data(case: Case, repeats: int) -> dict[str, Any]:
             made.write_parquet(str(case.folder / "ray-data" / str(next(written))))
 
         def ours() -> None:
+            runtime._warm.clear()  # processes that wait with their imports done: Ray Data starts its own each time
             with runtime.pool(EmbedWorker, case.setup(0), 2, Resources(threads=1)) as fresh:
                 list(fresh.map("embed", case.parts(4)))
 

@@ -51,7 +51,7 @@ BUDGETS = {"digits": 60.0, "fashion_mnist": 300.0}  # seconds a class
 CLASSES, SEEDS = 10, [0]
 NEAREST, DENSITY = "pixels_5nn", "hog_kde"
 NEIGHBOURS, BANDWIDTHS = 5, 25
-DEFAULT = ("transform_likelihood", "deep_svdd", NEAREST, DENSITY)
+DEFAULT = ("transform_likelihood", "deep_svdd", "csi", NEAREST, DENSITY)
 FITTED = ("embed.datasets=[train,test]", "cluster=null")
 
 

@@ -60,7 +60,8 @@ def measure(x: np.ndarray, labels: dict[str, np.ndarray], seed: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", nargs="+", default=sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    whole = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    parser.add_argument("--recipes", nargs="+", default=whole, choices=whole)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("overrides", nargs="*", help="settings that override the config")
     arguments = parser.parse_args()
@@ -101,9 +102,14 @@ def main() -> None:
     }
     for recipe, row in table.items():
         print(
-            f"{recipe:<14}"
+            f"{recipe:<14}seeds: {sum(line['recipe'] == recipe for line in lines)}"
             + "".join(f"  {label} nmi {row[label]['nmi']:.3f} acc {row[label]['acc']:.3f}" for label in CLUSTERS)
         )
+    made = {(line["recipe"], line["seed"]) for line in lines}
+    rows = [(recipe, seed) for recipe in [*whole, "mean_frame"] for seed in arguments.seeds]
+    missing = [{"recipe": recipe, "seed": seed} for recipe, seed in rows if (recipe, seed) not in made]
+    for row in missing:
+        print(f"MISSING {row['recipe']}, seed {row['seed']}")
     write_result(
         "quality-video",
         {
@@ -112,6 +118,7 @@ def main() -> None:
             "table": table,
             "runs": lines,
             "failed": failed,
+            "missing": missing,
         },
     )
 

@@ -13,7 +13,7 @@ All objectives take one to one and a half hours of two cores. Each is one line o
 table that was interrupted goes on where it stopped, and a line counts as long as its config, settings and machine are
 the same. Every row is printed, and what is missing.
 
-    python benchmarks/train_step.py [--objectives simclr dino] [--steps 8] [--repeats 5] [--threads 2]
+    python benchmarks/train_step.py [--objectives simclr dino] [--threads 2]
 """
 
 from __future__ import annotations
@@ -54,28 +54,37 @@ REQUIRED = 0.90
 
 
 class Recipe(NamedTuple):
-    """A config, the source that it is measured on, and the term of its `joint` that is measured (None: all of it)."""
+    """A config, the source that it is measured on, the term of its `joint` that is measured (None: all of it), how many
+    steps a turn has, and how many turns there are.
+    """
 
     path: str
     source: str = "fashion-mnist"
     term: int | None = None
+    steps: int = 8
+    repeats: int = 5
 
 
+LONG = {"steps": 4, "repeats": 7}  # of steps that take seconds
 RECIPES = {
     "colorization": Recipe("cifar10_colorization.yaml"),
     "joint": Recipe("regimes/fashion_mnist/joint_scan.yaml"),
     **{name: Recipe(f"regimes/fashion_mnist/joint_{name}.yaml", term=0) for name in ("idec", "scan", "temi")},
     **{name: Recipe(f"regimes/fashion_mnist/{name}.yaml") for name in ("experts", "iic", "sela")},
     **{name: Recipe(f"one_class/fashion_mnist/{name}.yaml") for name in ("csi", "deep_svdd", "transform_likelihood")},
-    **{name: Recipe(f"text/{name}.yaml", "wordnet") for name in ("causal_lm", "masked_lm", "simcse")},
-    **{name: Recipe(f"video/{name}.yaml", "moving-digits") for name in ("frame_order", "video_mae")},
+    **{name: Recipe(f"text/{name}.yaml", "wordnet", **LONG) for name in ("causal_lm", "masked_lm", "simcse")},
+    **{name: Recipe(f"video/{name}.yaml", "moving-digits", **LONG) for name in ("frame_order", "video_mae")},
 }
 LIMITS = {"moving-digits": 1024}
 
 
+def recipe_of(objective: str) -> Recipe:
+    return RECIPES.get(objective, Recipe(f"images/fashion_mnist/{objective}.yaml"))
+
+
 def configure(objective: str, arguments: argparse.Namespace, data: Path) -> RunConfig:
     """The objective's recipe on one rank, over samples of its source in DATA/<source>."""
-    recipe = RECIPES.get(objective, Recipe(f"images/fashion_mnist/{objective}.yaml"))
+    recipe = recipe_of(objective)
     data, limit = data / recipe.source, LIMITS.get(recipe.source, 8192)
     config = load_config(
         str(CONFIGS / recipe.path),
@@ -94,10 +103,10 @@ def configure(objective: str, arguments: argparse.Namespace, data: Path) -> RunC
     return config
 
 
-def row_hash(config: RunConfig, machine: dict[str, Any], arguments: argparse.Namespace) -> str:
+def row_hash(config: RunConfig, machine: dict[str, Any], recipe: Recipe) -> str:
     """Of all that a row depends on; where its shards lie is not among that."""
     assert config.pretrain is not None and config.pack is not None
-    turns = [arguments.steps, arguments.repeats]
+    turns = [recipe.steps, recipe.repeats]
     return hash_json([CODE, config.pretrain.identity(), config.pack.identity(), turns, machine["name"], machine["cpu"]])
 
 
@@ -185,16 +194,16 @@ class Bare:
         self.pool.shutdown()
 
 
-def compare(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     """A row: samples/s of both loops, their ratio, and what ours waited for data. RunFailed where one of them fails."""
     try:
-        return _compare(config, arguments)
+        return _compare(config, recipe)
     except Exception as error:  # of any kind: the table goes on with the other objectives
         traceback.print_exc()
         raise RunFailed(f"{type(error).__name__}: {error}") from error
 
 
-def _compare(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+def _compare(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     assert config.pretrain is not None and config.pack is not None
     if not Path(config.datasets["train"]).is_dir():
         run_pack(config.pack)
@@ -205,25 +214,22 @@ def _compare(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]
         ours.start()
         try:
             seconds = interleave(
-                {"bare": lambda: bare.run(arguments.steps), "ours": lambda: ours.run(arguments.steps)},
-                arguments.repeats,
+                {"bare": lambda: bare.run(recipe.steps), "ours": lambda: ours.run(recipe.steps)}, recipe.repeats
             )
         finally:
             ours.loader.close()
             bare.close()
-    samples = arguments.steps * arguments.batch
+    samples = recipe.steps * config.pretrain.global_batch
     return {
         "samples_per_second": {name: samples / value for name, value in seconds.items()},
         "ratio": seconds["bare"] / seconds["ours"],
-        "data_wait_share": ours.loader.wait_seconds / (seconds["ours"] * (arguments.repeats + 1)),
+        "data_wait_share": ours.loader.wait_seconds / (seconds["ours"] * (recipe.repeats + 1)),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--objectives", nargs="+", default=sorted(OBJECTIVES), choices=sorted(OBJECTIVES))
-    parser.add_argument("--steps", type=int, default=8, help="steps a turn")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
@@ -235,9 +241,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for objective in sorted(OBJECTIVES):
             config = configure(objective, arguments, Path(temporary) / "data")
-            hashes[objective] = row_hash(config, machine, arguments)
+            hashes[objective] = row_hash(config, machine, recipe_of(objective))
             if objective in arguments.objectives:
-                runs.attempt({"objective": objective}, hashes[objective], partial(compare, config, arguments))
+                measure = partial(compare, config, recipe_of(objective))
+                runs.attempt({"objective": objective}, hashes[objective], measure)
     whole = [({"objective": objective}, digest) for objective, digest in hashes.items()]
     lines = [line for key, digest in whole if (line := runs.find(key, digest)) is not None and "failed" not in line]
     missing = runs.missing(whole)
@@ -245,7 +252,7 @@ def main() -> None:
         line["objective"]: {name: line[name] for name in ("samples_per_second", "ratio", "data_wait_share")}
         for line in lines
     }
-    settings = {name: getattr(arguments, name) for name in ("steps", "repeats", "threads", "batch", "precision")}
+    settings = {name: getattr(arguments, name) for name in ("threads", "batch", "precision")}
     write_result(
         "train-step",
         {

@@ -16,7 +16,7 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 
 def refused(outcome, code, *texts):
-    """An error in DESIGN's form: at most a few lines, no traceback, everything on stderr."""
+    """An error as every verb gives it: at most a few lines, no traceback, everything on stderr."""
     assert outcome.code == code, (outcome.code, outcome.err)
     message = outcome.err[outcome.err.index("error:") :]
     assert "Traceback" not in message and len(message.splitlines()) <= 6, message

@@ -1,4 +1,4 @@
-"""DESIGN, section 2: imports go one way, each big package has its rooms, and the light modules stay light."""
+"""What CONTRIBUTING says: imports go one way, each big package has its rooms, and the light modules stay light."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from sslscale.objectives import OBJECTIVES, build_objective
 
 @pytest.fixture
 def arguments():
-    return argparse.Namespace(steps=1, repeats=1, threads=1, batch=16, precision="fp32")
+    return argparse.Namespace(threads=1, batch=16, precision="fp32")
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
@@ -25,12 +25,13 @@ def test_every_objective_has_a_recipe(name, arguments, tmp_path):
 def test_a_row_counts_as_long_as_config_settings_and_machine_are_the_same(arguments, tmp_path):
     machine = {"name": "cpu2", "cpu": "one"}
 
-    def digest(name="simclr", folder=tmp_path, machine=machine, **more):
+    def digest(name="simclr", folder=tmp_path, machine=machine, turns=None, **more):
         changed = argparse.Namespace(**{**vars(arguments), **more})
-        return train_step.row_hash(train_step.configure(name, changed, folder), machine, changed)
+        recipe = train_step.recipe_of(name)._replace(**(turns or {}))
+        return train_step.row_hash(train_step.configure(name, changed, folder), machine, recipe)
 
     assert digest() == digest(folder=tmp_path / "elsewhere")
-    others = {digest("byol"), digest(steps=2), digest(batch=32), digest(machine={**machine, "cpu": "two"})}
+    others = {digest("byol"), digest(turns={"steps": 2}), digest(batch=32), digest(machine={**machine, "cpu": "two"})}
     assert len({digest(), *others}) == 5
 
 
@@ -57,6 +58,6 @@ def test_the_bare_loop_begins_with_what_ours_prepared_and_reads_partners(argumen
 
 def test_a_loop_that_fails_is_a_failed_row(arguments, tmp_path, monkeypatch):
     config = train_step.configure("simclr", arguments, tmp_path)
-    monkeypatch.setattr(train_step, "_compare", lambda config, arguments: 1 / 0)
+    monkeypatch.setattr(train_step, "_compare", lambda config, recipe: 1 / 0)
     with pytest.raises(train_step.RunFailed, match="ZeroDivisionError"):
-        train_step.compare(config, arguments)
+        train_step.compare(config, train_step.recipe_of("simclr"))

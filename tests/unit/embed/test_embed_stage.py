@@ -152,7 +152,24 @@ def test_a_projection_is_fitted_once_for_all_datasets(tmp_path, shards):
     assert record["dim"] == 5 and record["of"] == 64 and record["rows"] == 120
 
 
-def test_autocast_and_compile_are_settings(tmp_path, shards, vit):
+def test_a_compiled_backbone_embeds_the_same(tmp_path, shards, vit, monkeypatch):
+    embed(tmp_path, backbone=str(tmp_path / "vit"))
+    exact = FeatureStore.open(tmp_path / "run/embed/train").open_block(0)
+    (tmp_path / "run").rename(tmp_path / "exact")
+    calls, compile = [], torch.nn.Module.compile
+
+    def without_a_compiler(self):
+        calls.append(type(self).__name__)
+        compile(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_a_compiler)
+    embed(tmp_path, backbone=str(tmp_path / "vit"), compile=True)
+    assert calls == ["Backbone"]
+    rows = FeatureStore.open(tmp_path / "run/embed/train").open_block(0)
+    np.testing.assert_allclose(rows, exact, atol=1e-5)
+
+
+def test_autocast_is_a_setting(tmp_path, shards, vit):
     embed(tmp_path, backbone=str(tmp_path / "vit"))
     exact = FeatureStore.open(tmp_path / "run/embed/train").open_block(0)
     (tmp_path / "run").rename(tmp_path / "exact")

@@ -11,6 +11,7 @@ from sslscale.config import AugmentConfig, TextConfig, VideoMAEConfig
 from sslscale.errors import UserError
 from sslscale.models.export import build_backbone
 from sslscale.objectives import build_objective
+from sslscale.objectives.mae import split_mask
 from sslscale.objectives.masked_lm import word_loss
 from sslscale.objectives.simcse import in_batch
 from sslscale.objectives.video_mae import tubelets
@@ -116,4 +117,10 @@ def test_video_mae_hides_whole_tubes_and_predicts_their_pixels():
     batch = Batch(objective.make_views(clips, random(2)), random(2), torch.arange(2))
     hidden = objective.backbone.tokens(clips, torch.ones(2, 32, dtype=torch.bool).index_fill(1, keep[0], False))
     assert hidden.shape == (2, 6, 24)
-    torch.testing.assert_close(objective(batch)["loss"].detach(), torch.tensor(1.0), rtol=0.5, atol=0.0)
+    noise = batch.random.uniform("mask", shape=(16,))
+    shown, masked = (objective._tubes(places) for places in split_mask(noise, 0.75))
+    target = objective.targets(clips)
+    for places, lost in [(shown, 0.0), (masked, 4.0)]:  # it is right everywhere but by 2 at these places
+        wrong = target.scatter_add(1, places[:, :, None].expand(-1, -1, 32), torch.full((2, places.shape[1], 32), 2.0))
+        objective._decode = lambda tokens, keep, wrong=wrong: wrong
+        torch.testing.assert_close(objective(batch)["loss"], torch.tensor(lost))
