@@ -17,6 +17,7 @@ from PIL.JpegImagePlugin import get_sampling
 
 BLOCK = 4  # pixels a side of the means that count as low frequencies
 LOW_SHARE = 2 / BLOCK**2  # of the difference's energy: twice what noise without any structure has
+ALPHA_DIFFERENCE = 1.0  # on average, of 255
 LEFT_BY_JPEG = 0.5  # of the difference's energy, after the other picture was compressed like the JPEG
 
 
@@ -26,11 +27,15 @@ def same_picture(a: bytes, b: bytes, *, stands_out: bool) -> bool:
     `stands_out` says that the pair is far nearer than anything around it: then the frequencies of the difference are
     evidence enough. Else the pixels must be equal, or explained by a JPEG's compression.
     """
+    if not _same_alpha(_open(a), _open(b)):
+        return False
     x, y = _grey(a), _grey(b)
     if x.shape != y.shape:
         x, y = _one_size(x, y)
     energy = _energy(x - y)
-    if energy == 0 or (stands_out and low_share(x - y) < LOW_SHARE):
+    if energy == 0:
+        return _same_colours(_open(a), _open(b))
+    if stands_out and min(x.shape) >= BLOCK and low_share(x - y) < LOW_SHARE:
         return True
     return any(
         _energy(_grey(like) - _grey(as_jpeg)) < LEFT_BY_JPEG * energy
@@ -51,8 +56,33 @@ def _energy(x: np.ndarray) -> float:
     return float(np.square(x).sum())
 
 
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
 def _grey(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("L"), np.float32)
+    """Its luma; on black, where there is transparency, since colours that nobody sees differ by encoder."""
+    image = _open(data)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
+    return np.asarray(image.convert("L"), np.float32)
+
+
+def _same_alpha(a: Image.Image, b: Image.Image) -> bool:
+    """Whether two pictures are transparent at the same places, as far as a resize leaves them."""
+    if not (a.has_transparency_data or b.has_transparency_data):
+        return True
+    x, y = (np.asarray(image.convert("RGBA").getchannel("A"), np.float32) for image in (a, b))
+    if x.shape != y.shape:
+        x, y = _one_size(x, y)
+    return float(np.abs(x - y).mean()) < ALPHA_DIFFERENCE
+
+
+def _same_colours(a: Image.Image, b: Image.Image) -> bool:
+    """Whether pictures of one luma have one colour everywhere; of different sizes, at the smaller one."""
+    size = min(a.width, b.width), min(a.height, b.height)
+    x, y = (image.convert("RGB").resize(size, Image.Resampling.LANCZOS) for image in (a, b))
+    return bool((np.asarray(x) == np.asarray(y)).all())
 
 
 def _one_size(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

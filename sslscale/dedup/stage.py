@@ -140,7 +140,7 @@ def _find(
             "candidate_pairs": len(candidates),
             "near_pairs": len(near),
             "unread_pairs": unread,
-            "lists": {dataset: str(stage.path / f"{dataset}.json") for dataset in shards},
+            "lists": {dataset: storage.shown(stage.path / f"{dataset}.json") for dataset in shards},
         }
     )
 
@@ -182,8 +182,11 @@ class CompareWorker:
 
     def compare(self, pairs: Sequence[tuple[Place, Place, bool]], broadcast: None = None) -> list[bool | None]:
         shard = cache(lambda name, number: self.shards[name].open(number))  # open until the task is done
-        data = [[_image(shard(name, number).read(record)) for name, number, record in pair[:2]] for pair in pairs]
-        return [self._same(a, b, pair[2]) for (a, b), pair in zip(data, pairs, strict=True)]
+        same = []
+        for *places, stands_out in pairs:
+            first, second = (_image(shard(name, number).read(record)) for name, number, record in places)
+            same.append(self._same(first, second, stands_out))
+        return same
 
     def _same(self, first: bytes | None, second: bytes | None, stands_out: bool) -> bool | None:
         if first is None or second is None:

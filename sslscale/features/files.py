@@ -36,3 +36,13 @@ def write_npy(path: Path, array: np.ndarray) -> None:
 def open_npy(path: Path) -> np.ndarray:
     """The array of a file, memory-mapped read-only."""
     return np.load(storage.bring(path), mmap_mode="r", allow_pickle=False)
+
+
+def allow_open_files() -> None:
+    """Lets this process have as many files open as it may: a mapped file counts as one for as long as it is used."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -12,7 +12,7 @@ all rows are laid out by list, then part, then row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sslscale.features.files import open_npy, write_npy
 from sslscale.index.exact import SetReference, exact_knn, rescore
 
 CHUNK_ROWS = 4096
+OPEN_GROUPS = 64  # whose files a search keeps open
 
 
 def part_file(kind: str, number: int) -> str:
@@ -164,7 +165,7 @@ class AllPairsWorker:
     def _lists(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
         """A function that gives the rows of a list as the metric compares them, and their row ids."""
         layout = self.layout
-        opened = cache(lambda group: (self._read("list-rows", group), self._read("list-ids", group)))
+        opened = lru_cache(OPEN_GROUPS)(lambda group: (self._read("list-rows", group), self._read("list-ids", group)))
 
         def of(number: int) -> tuple[np.ndarray, np.ndarray]:
             group = int(np.searchsorted(layout.groups, number, side="right")) - 1

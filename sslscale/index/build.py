@@ -54,7 +54,7 @@ def run_index(
         return builder.fresh(plan)
     record = IndexRecord(stage.path, stage.result)
     record.numbers(features)
-    if record.damaged():
+    if record.damaged() or not record.has_trained():
         run.on_start(stage.path)
         same = settings.model_copy(update={"factory": record.result["factory"]})
         record = IndexRecord(stage.path, builder.repaired(record, plan_index(same, features.num_rows, features.dim)))
@@ -93,6 +93,12 @@ def compact_index(run: RunDir, runtime: Runtime, *, name: str = "main", workers:
     seed, threads = settings.pop("seed"), settings.pop("threads")
     features = open_features(run, record.result["datasets"])
     record.numbers(features)
+    if not record.has_trained():
+        raise StageError(
+            "a file of the index is missing or cut off",
+            got=storage.shown(record.path / record.result["trained"]),
+            fix=f"sslscale index -c CONFIG --run {storage.shown(run.path)} --name {name} builds it again",
+        )
     if record.result["num_vectors"] == sum(shard.vectors for shard in record.shards):
         return record.result
     stage = Stage(record.path, "index", name, known["settings"], known["parents"])
@@ -147,7 +153,8 @@ class _Builder:
 
     def repaired(self, record: IndexRecord, plan: IndexPlan) -> dict[str, Any]:
         """The same index, in files made again; without what was deleted."""
-        if storage.size(self.stage.path / record.result["trained"]) is None:
+        if not record.has_trained():
+            storage.remove(self.stage.path / record.result["trained"])
             with compute_threads(self.threads):
                 record = record.updated(trained=self._train(plan))
         return self.compacted(record)
@@ -251,7 +258,14 @@ class _Builder:
             measured = tuned(record, self.features, self.settings, self.seed)
         sizes = [size for shard in record.shards for file, size in shard.sizes.items() if file == shard.index]
         gone = sum(part.rows for part in parts) - measured["num_vectors"]
-        values = {"bytes": sum(sizes), "build_seconds": seconds, "num_deleted": gone, **measured}
+        trained = storage.size(self.stage.path / state["trained"])
+        values = {
+            "trained_bytes": trained,
+            "bytes": sum(sizes),
+            "build_seconds": seconds,
+            "num_deleted": gone,
+            **measured,
+        }
         result = self.stage.finish(record.updated(**values).result)
         IndexRecord(self.stage.path, result).remove_others()
         storage.remove(carried(self.stage.path))

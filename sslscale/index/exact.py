@@ -118,3 +118,9 @@ def rescore(
     order = np.lexsort((ids, squared), axis=1)[:, :k]
     squared, ids = np.take_along_axis(squared, order, 1), np.take_along_axis(ids, order, 1)
     return to_distance(squared, metric).astype(np.float32), ids
+
+
+def row_distances(x: np.ndarray, rows: np.ndarray, metric: str) -> np.ndarray:
+    """(n,) fp32: of each row of x (n, D) from the same row of rows (n, D), both prepared."""
+    difference = rows - x
+    return to_distance(np.einsum("nd,nd->n", difference, difference), metric).astype(np.float32)

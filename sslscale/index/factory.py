@@ -133,14 +133,18 @@ def starting_effort(index: faiss.Index) -> Effort:
 
 def takes_parameters(index: faiss.Index) -> bool:
     """Whether a search can be given parameters; some indexes take none."""
-    core = layers(index)[-1]
+    return isinstance(layers(index)[0], faiss.IndexRefine) or _core_takes(index)
+
+
+def _core_takes(index: faiss.Index) -> bool:
     takes = faiss.IndexIVF | faiss.IndexHNSW | faiss.IndexFlat | faiss.IndexScalarQuantizer
-    return isinstance(core, takes)
+    return isinstance(layers(index)[-1], takes)
 
 
 def takes_selector(index: faiss.Index) -> bool:
     """Whether a search can be told which rows count; others are compared one by one."""
-    return takes_parameters(index) and not isinstance(layers(index)[-1], faiss.IndexIVFPQR)
+    deaf = faiss.IndexIVFPQR | faiss.IndexIVFAdditiveQuantizer | faiss.IndexIVFSpectralHash
+    return _core_takes(index) and not isinstance(layers(index)[-1], deaf)
 
 
 def search_parameters(
@@ -149,8 +153,9 @@ def search_parameters(
     """What `index.search(params=)` takes, through every layer; the selector picks the rows that count."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
-        inner = search_parameters(index.base_index, effort, selector)
-        return faiss.IndexRefineSearchParameters(k_factor=float(effort.k_factor or 1), base_index_params=inner)
+        base = index.base_index
+        inner = {"base_index_params": search_parameters(base, effort, selector)} if _core_takes(base) else {}
+        return faiss.IndexRefineSearchParameters(k_factor=float(effort.k_factor or 1), **inner)
     if isinstance(index, faiss.IndexPreTransform):
         return faiss.SearchParametersPreTransform(index_params=search_parameters(index.index, effort, selector))
     only = {} if selector is None else {"sel": selector}

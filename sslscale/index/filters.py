@@ -244,8 +244,8 @@ class Filter:
 
 
 def _check_type(column: str, kind: pa.DataType, value: Any) -> None:
-    if pa.types.is_nested(kind):
-        raise UserError("a column of vectors cannot be filtered by", got=column)
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        raise UserError("a column of vectors or bytes cannot be filtered by", got=column)
     textual = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     if isinstance(value, bool) != pa.types.is_boolean(kind) or isinstance(value, str) != textual:
         raise UserError(

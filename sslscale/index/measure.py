@@ -11,19 +11,22 @@ import numpy as np
 
 from sslscale.config import IndexConfig
 from sslscale.features import FeatureSet, sample_positions
-from sslscale.index.exact import RowReference, exact_knn
+from sslscale.index.exact import RowReference, exact_knn, row_distances
 from sslscale.index.factory import Effort, inverted_lists, starting_effort
 from sslscale.index.record import IndexRecord
 from sslscale.index.search_worker import Request, SearchWorker, Shard, nearest_of
 from sslscale.index.shard import prepared
 from sslscale.index.tune import tune
 
+TIE = 1e-5  # of a distance: what fp32 makes of equal ones
+
 
 def tuned(record: IndexRecord, features: FeatureSet, settings: IndexConfig, seed: int) -> dict[str, Any]:
     """The effort, the recall and the number of vectors, as result.json has them.
 
-    Recall is the share of the exact 10 nearest (or all N - 1, if fewer) that the index returns, the query itself left
-    out by its id on both sides; None with a single vector.
+    Recall is the share of the 10 nearest (or all N - 1, if fewer) that the index returns, the query itself left out by
+    its id on both sides; a row as near as the exact search's last one counts as one of them, whichever of several equal
+    rows that took. None with a single vector.
     """
     start = time.perf_counter()
     worker = SearchWorker(record=record, features=features.paths)
@@ -37,13 +40,19 @@ def tuned(record: IndexRecord, features: FeatureSet, settings: IndexConfig, seed
         own = _row_ids(shards, positions)
         queries = features.take(own)
         reference = RowReference(features, lambda: (ids for shard in shards for ids in shard.row_ids()))
-        truth = exact_knn(queries, own, reference, k, settings.metric)[1]
+        distances, truth = exact_knn(queries, own, reference, k, settings.metric)
         x = prepared(queries, settings.metric)
 
         def recall(effort: Effort) -> float:
             request = Request(x, k + 1, effort)
             ids = nearest_of([shard.search(request) for shard in shards], k + 1).ids
-            return float((truth[:, :, None] == ids[:, None, :]).any(axis=2).mean())
+            others = (ids != own[:, None]) & (ids >= 0)
+            others &= np.cumsum(others, axis=1) <= k
+            hits = others & (ids[:, :, None] == truth[:, None, :]).any(axis=2)
+            query, at = np.nonzero(others & ~hits)
+            away = row_distances(x[query], prepared(features.take(ids[query, at]), settings.metric), settings.metric)
+            hits[query, at] = away <= distances[query, -1] * (1 + TIE)
+            return float(hits.sum() / truth.size)
 
         lists = inverted_lists(shards[0].index)
         scanned = 0.0 if lists is None else num_vectors / lists.nlist * lists.code_size

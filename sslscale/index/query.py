@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from sslscale import storage
 from sslscale.config import EmbedConfig, RunConfig
+from sslscale.config.load import read_sections
 from sslscale.embed.stage import embed_dataset
 from sslscale.errors import UserError
 from sslscale.features import FeatureSet, open_features
@@ -125,8 +126,11 @@ def _embedded(
     made = run.stage_path("embed", next(iter(index.features.stores)))
     settings = read_json(made / "stage.json")["settings"]
     embed = {name: settings[name] for name in EmbedConfig.model_fields.keys() & settings.keys()}
+    kept = storage.bring(run.path / "config.yaml")
     config = RunConfig.model_validate(
         {
+            "run": str(scratch),
+            "storage": (read_sections(kept).get("storage") if kept.is_file() else None) or {},
             "datasets": {QUERIES: shards},
             "embed": {**embed, "datasets": [QUERIES], "max_failed_share": 1.0},
             "runtime": {"workers": workers, "threads": settings["threads"]},

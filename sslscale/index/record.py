@@ -84,6 +84,11 @@ class IndexRecord:
         found = {file: storage.size(self.path / file) for file in sizes}
         return [(file, found[file], size) for file, size in sizes.items() if found[file] != size]
 
+    def has_trained(self) -> bool:
+        """Whether the file that shards start from is there, whole."""
+        found = storage.size(self.path / self.result["trained"])
+        return found is not None and found == self.result.get("trained_bytes", found)
+
     def updated(self, **values: Any) -> IndexRecord:
         return IndexRecord(self.path, {**self.result, **values})
 
@@ -109,7 +114,7 @@ class IndexRecord:
     def parts(self) -> list[IndexedPart]:
         return [IndexedPart(**part) for part in read_json(self.path / self.result["parts"])]
 
-    @property
+    @cached_property
     def deleted(self) -> np.ndarray:
         """The index's own row ids that are deleted, ascending."""
         file = self.result["deleted"]

@@ -13,7 +13,7 @@ import numpy as np
 from sslscale import storage
 from sslscale.features import FeatureSet
 from sslscale.features.distance import to_distance
-from sslscale.features.files import open_npy
+from sslscale.features.files import allow_open_files, open_npy
 from sslscale.index.exact import BLOCK_ROWS, RowReference, exact_knn
 from sslscale.index.factory import Effort, on_gpu, search_parameters, takes_parameters
 from sslscale.index.filters import Filter
@@ -161,6 +161,7 @@ class SearchWorker:
         self.record, self.features, self.device = record, FeatureSet.open(features), device
         self._numbers = record.numbers(self.features)
         self._open: dict[int, Shard] = {}
+        allow_open_files()
         if storage.remote_url(record.path) is None:
             for number in range(len(record.shards)):
                 self.shard(number)

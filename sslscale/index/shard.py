@@ -52,7 +52,8 @@ class BuildWorker:
                 rows = self.features.block(part, start, start + block)
                 own = (number << 32) + np.arange(start, start + len(rows))
                 kept = ~np.isin(own, group.left_out)
-                index.add(prepared(rows if kept.all() else rows[kept], self.metric))
+                if kept.any():  # some indexes take no empty block
+                    index.add(prepared(rows if kept.all() else rows[kept], self.metric))
                 row_ids.append(own[kept])
         files = (f"shards/{group.name}.npy", f"shards/{group.name}.faiss")
         write_npy(self.folder / files[0], np.concatenate(row_ids))

@@ -17,7 +17,7 @@ def codecs(dim: int, code_bytes: list[int], pca_dims: list[int]) -> dict[str, st
     named = {"fp16": "SQfp16", "SQ8": "SQ8"}
     named |= {f"PCA{kept}": f"PCA{kept},Flat" for kept in pca_dims if kept < dim}
     for size in code_bytes:
-        rotated = max(size, dim // size * size)  # OPQ's output is a multiple of the sub-quantizers
+        rotated = -(-dim // size) * size  # OPQ's output is a multiple of the sub-quantizers
         named[f"OPQ+PQ{size}"] = f"OPQ{size}_{rotated},PQ{size}"
     return {**named, "RaBitQ": f"RR{dim},RaBitQ"}
 
@@ -48,12 +48,12 @@ def measure(codec: faiss.Index, x: np.ndarray, at: np.ndarray, truth: np.ndarray
     variance = ((x - x.mean(axis=0)) ** 2).sum(dtype=np.float64)
     codec.add(x)
     k = truth.shape[1]
-    found = codec.search(x[at], min(candidates + 1, len(x)))[1]
+    found = codec.search(x[at], min(max(candidates, k) + 1, len(x)))[1]
     codec.reset()
     others = [ids[(ids != own) & (ids >= 0)] for ids, own in zip(found, at, strict=True)]
     again = [
         ids[np.argsort(((x[ids] - x[own]) ** 2).sum(axis=1), kind="stable")]
-        for ids, own in zip(others, at, strict=True)
+        for ids, own in zip((ids[:candidates] for ids in others), at, strict=True)
     ]
     return {
         "bytes_per_vector": codes.shape[1],

@@ -157,6 +157,8 @@ def _indexed_key(run: Path) -> str | None:
     if not index.is_file():
         return None
     for dataset in read_json(index)["datasets"]:
+        if not (run / "embed" / dataset / "features.json").is_file():  # embedding it again was interrupted
+            continue
         store = FeatureStore.open(run / "embed" / dataset)
         for part in store.parts:
             if part.rows:

@@ -6,9 +6,12 @@ import contextlib
 import os
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 from sslscale import storage
@@ -16,9 +19,10 @@ from sslscale.config import RunConfig
 from sslscale.rundir import hash_json
 
 _TEMPORARY = ".*.tmp"  # as storage.download names what is not whole yet
-_FETCHERS = ThreadPoolExecutor(2, "sslscale-read-ahead")
+_FETCHERS = 2
 _lock = threading.Lock()
 _under_way: dict[Path, Future[None]] = {}
+_wanted: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
 
 
 class RemoteShard(NamedTuple):
@@ -78,7 +82,7 @@ class ShardCache:
     def _fetch(self, path: Path, shard: RemoteShard) -> Future[None]:
         with _lock:
             if path not in _under_way:
-                _under_way[path] = _FETCHERS.submit(self._make, path, shard)
+                _under_way[path] = _in_background(partial(self._make, path, shard))
             return _under_way[path]
 
     def _make(self, path: Path, shard: RemoteShard) -> None:
@@ -105,3 +109,26 @@ class ShardCache:
                 return
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _in_background(work: Callable[[], None]) -> Future[None]:
+    """The result of `work`, which one of a few threads will do; a process that ends waits for none of them."""
+    _start_fetchers(os.getpid())
+    found: Future[None] = Future()
+    _wanted.put((found, work))
+    return found
+
+
+@cache
+def _start_fetchers(process: int) -> None:
+    for number in range(_FETCHERS):
+        threading.Thread(target=_fetch_wanted, name=f"sslscale-read-ahead-{number}", daemon=True).start()
+
+
+def _fetch_wanted() -> None:
+    while True:
+        found, work = _wanted.get()
+        try:
+            found.set_result(work())
+        except BaseException as error:  # carried to who waits for it
+            found.set_exception(error)

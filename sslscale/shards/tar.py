@@ -7,12 +7,14 @@ beside others are no members.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import mmap
 import os
 import re
 import sys
+import time
 import zlib
 from array import array
 from collections.abc import Callable
@@ -35,6 +37,9 @@ _META = re.compile(r"__[^/]*__($|/)")
 _REGULAR, _LINKS = b"0\x007", b"12"
 _DATALESS = b"123456"  # links, devices, folders and pipes have no data, whatever their size says
 _DEREFERENCE = "-h --hard-dereference"  # GNU tar's flags that store what a link points to
+# Errors that say something of the file, and not of the moment: what is read again would find it as well.
+_LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_PAUSES = (0.1, 0.4)  # seconds, before a read that failed is tried again
 _ADLER = 65521
 _RUN = 8192  # headers that are checked together
 _NO_NUMBER = 1 << 63  # past the end of any file
@@ -53,7 +58,8 @@ class SampleError(Exception):
 class TarShard:
     """The records of one tar file. `len(shard)`, `shard.keys`, `shard.read(i)`.
 
-    A damaged file, or one that cannot be opened, raises nothing here. `damage` says what ends it early (None: it is
+    A damaged file, or one that is not there, raises nothing here; what passes (a stale handle, too many open files) is
+    an OSError, here and in `read`. `damage` says what ends it early (None: it is
     whole), and the records after that point are not in it. `again` makes the file anew, where it is one that others may
     delete; what that raises is raised here, too.
     """
@@ -73,7 +79,7 @@ class TarShard:
         try:
             file = self._reopen()
         except OSError as error:
-            if again is not None:
+            if again is not None or error.errno not in _LOST:
                 raise
             self.damage = f"the shard cannot be opened: {error.strerror}"
         else:
@@ -86,10 +92,20 @@ class TarShard:
 
     @property
     def layout(self) -> str:
-        """A short hash of what the headers tell: the names, sizes and places of the members."""
+        """A short hash of what the headers tell: the names, sizes, places and times of the members."""
         names = "\0".join(itertools.chain(self.keys, self._extensions)).encode()
-        numbers = (self._first.tobytes(), self._offsets.tobytes(), self._sizes.tobytes())
+        numbers = (self._first.tobytes(), self._offsets.tobytes(), self._sizes.tobytes(), self._times())
         return hashlib.sha256(b"\0".join((names, *numbers))).hexdigest()[:16]
+
+    def _times(self) -> bytes:
+        """When each member was last written, as its header has it: a member of the same size may be another."""
+        if not self._offsets:
+            return b""
+        descriptor = self._file().descriptor
+        with mmap.mmap(descriptor, self._stamp[0], access=mmap.ACCESS_READ) as tar:
+            headers = np.frombuffer(self._offsets, dtype=np.int64) - BLOCK
+            found = np.frombuffer(tar, dtype=np.uint8)[headers[:, None] + np.arange(136, 148)].tobytes()
+        return found
 
     def read(self, record: int) -> dict[str, Any]:
         """A webdataset sample: `__key__`, `__url__` and the bytes of each extension. Raises SampleError."""
@@ -99,14 +115,23 @@ class TarShard:
         sample: dict[str, Any] = {"__key__": self.keys[record], "__url__": self.url}
         for member in range(self._first[record], self._first[record + 1]):
             # Not through the map: a page fault would hold the GIL, and a file cut off meanwhile would kill the process.
+            sample[self._extensions[member]] = self._read_member(file, member)
+        return sample
+
+    def _read_member(self, file: _File, member: int) -> bytes:
+        """A disk that does not answer is asked again: a block of it may be lost, or its server away for a moment."""
+        for pause in (*_PAUSES, None):
             try:
                 data = os.pread(file.descriptor, self._sizes[member], self._offsets[member])
-                if len(data) != self._sizes[member]:
-                    data = self._read_on(file, member, data)
+                return data if len(data) == self._sizes[member] else self._read_on(file, member, data)
             except OSError as error:
-                raise SampleError(f"the .{self._extensions[member]} cannot be read: {error.strerror}") from None
-            sample[self._extensions[member]] = data
-        return sample
+                if error.errno != errno.EIO:
+                    raise
+                if pause is None:
+                    reason = f"the .{self._extensions[member]} cannot be read: {error.strerror}"
+                    raise SampleError(reason) from None
+                time.sleep(pause)
+        raise AssertionError
 
     def _read_on(self, file: _File, member: int, data: bytes) -> bytes:
         """The member whole, of which `data` is the beginning: one read gives 2 GiB at most."""
@@ -320,6 +345,8 @@ def _open(path: str, stamp: tuple[int, ...]) -> _File:
     try:
         file = _File(os.open(path, os.O_RDONLY))
     except OSError as error:
+        if error.errno not in _LOST:
+            raise
         raise SampleError(f"the shard cannot be opened: {error.strerror}") from None
     if _stamp(file) != stamp:
         raise SampleError("the shard was replaced while it was being read")

@@ -56,6 +56,7 @@ def run_pack(config: PackConfig, *, overwrite: bool = False, part_of: RunDir | N
     source = make_source(config.source, config.path, config.options)
     skipped = dict(getattr(source, "skipped", {}))
     _refuse_empty_splits(source.splits, skipped)
+    _refuse_dotted_splits(source.splits)
     jobs = plan_shards(source.splits, config.samples_per_shard, config.limit)
     with RunDir(config.output, part_of) as run:
         settings = config.model_copy(update={"path": None}).identity()  # the data's hash says it, wherever it lies
@@ -169,6 +170,13 @@ def _finish_split(folder: Path, split: str, jobs: list[ShardJob], stage: Stage) 
         "bytes": sum(shard["bytes"] for shard in shards),
         "fingerprint": open_shards(storage.shown(folder)).fingerprint,
     }
+
+
+def _refuse_dotted_splits(splits: Iterable[str]) -> None:
+    """A sample's key begins with its split's name, and ends at the first dot."""
+    dotted = [split for split in splits if "." in split or "/" in split]
+    if dotted:
+        raise UserError("the name of a split has no dot and no slash", got=", ".join(dotted), fix="rename it")
 
 
 def _refuse_empty_splits(splits: Mapping[str, int], skipped: Mapping[str, int]) -> None:

@@ -345,3 +345,54 @@ def test_what_cannot_be_built_is_refused_before_anything_is_written(run, index, 
     with pytest.raises(UserError, match=message):
         build(run, **index)
     assert not (run.path / "index").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3])
+def test_recall_counts_what_is_as_near(tmp_path, share):
+    """Rows that are repeated many times have no ten nearest; an index that finds any of them misses nothing."""
+    generator = np.random.default_rng(0)
+    kind = {"dim": DIM, "dtype": "fp32", "normalized": False, "backbone": "b0"}
+    store = FeatureStore.create(tmp_path / "embed/train", **kind)
+    x = generator.normal(size=(3000, DIM)).astype(np.float32)
+    x[: round(share * 3000)] = x[-1]
+    store.commit([store.write_part(0, x, [str(row) for row in range(3000)], ["s"] * 3000, range(3000))])
+    found = build(RunDir(tmp_path), factory="IVF16,PQ16x4fs,Refine(SQfp16)", wanted_recall=0.95)
+    assert found["recall_at_10"] >= 0.95 and found["k_factor"] > 1
+
+
+@pytest.mark.parametrize("factory", ["PQ4,Refine(Flat)", "OPQ4,PQ4,Refine(SQfp16)", "PQ8x4fs,Refine(Flat)"])
+def test_codes_without_lists_are_ranked_again_as_far_as_it_takes(run, factory):
+    found = build(run, factory=factory, wanted_recall=0.95)
+    assert found["recall_at_10"] >= 0.95 and found["k_factor"] > 1
+    assert Index.open(run).search(queries(), 10, where="label = 7")[1].shape == (50, 10)
+
+
+@pytest.mark.parametrize("factory", ["IVF16,RQ2x4", "IVF4,ITQ8,SH", "IVF16,PQ4+4", "PQ4,Refine(Flat)"])
+def test_any_index_can_be_deleted_from(run, factory):
+    build(run, factory=factory)
+    index = Index.open(run)
+    index.delete(["train-0-5"])
+    assert "train-0-5" not in index.keys(index.search(queries(), 10)[1].ravel())
+
+
+def test_a_part_that_is_deleted_whole_is_no_empty_block(run):
+    build(run, factory="IVF16,RaBitQfs")
+    Index.open(run).delete([f"train-0-{row}" for row in range(PART_ROWS)])
+    assert compact_index(run, LOCAL)["num_vectors"] == (PARTS - 1) * PART_ROWS
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_the_trained_index_is_made_again(run, cut):
+    before = build(run)
+    (trained,) = (run.path / "index/main").glob("trained-*.faiss")
+    if cut:
+        with trained.open("r+b") as file:
+            file.truncate(100)
+    else:
+        trained.unlink()
+    assert Index.open(run).num_vectors == before["num_vectors"]  # a search does without
+    Index.open(run).delete(["train-0-5"])
+    with pytest.raises(StageError, match=trained.name):
+        compact_index(run, LOCAL)
+    assert build(run)["num_vectors"] == before["num_vectors"] - 1
+    assert compact_index(run, LOCAL)["num_vectors"] == before["num_vectors"] - 1

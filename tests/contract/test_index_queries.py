@@ -1,12 +1,14 @@
 """Searching with what was not indexed: images, vectors and whole shards; and the verbs that change an index."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from tars import encode_png, write_tar
 
 from sslscale.config import RunConfig
@@ -127,9 +129,19 @@ def test_wrong_queries(folder, given, message):
         run_search(RunDir(folder / "run"), **given)
 
 
-def test_shards_need_a_place_for_what_they_find(folder):
-    with pytest.raises(UserError, match="--output"):
-        search_shards(RunDir(folder / "run"), LOCAL, queries=str(folder / "queries"), output=None)
+def test_copies_of_remote_queries_are_where_the_run_keeps_its_own(folder, tmp_path, monkeypatch):
+    seen = []
+    original = query.embed_dataset
+    monkeypatch.setattr(
+        query, "embed_dataset", lambda run, config, *more: seen.append(config) or original(run, config, *more)
+    )
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    kept = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else {}
+    (run / "config.yaml").write_text(yaml.safe_dump({**kept, "storage": {"cache": "/somewhere", "cache_gb": 3.0}}))
+    search_shards(RunDir(run), LOCAL, queries=str(folder / "queries"), output=tmp_path / "found.parquet", k=2)
+    assert (seen[0].storage.cache, seen[0].storage.cache_gb) == ("/somewhere", 3.0)
+    assert not (tmp_path / "runs").exists() and not seen[0].run.endswith("runs/main")
 
 
 def test_the_verbs(folder, tmp_path, monkeypatch, capsys):

@@ -97,6 +97,11 @@ def test_options_that_go_with_others_are_refused_without_them(cli, arguments: tu
     assert code == 2 and f"{option} has no effect here" in err and "goes with" in err
 
 
+def test_shards_of_queries_need_a_place_for_what_they_find(cli) -> None:
+    code, _, err = cli("search", "RUN", "--queries", "shards")
+    assert code == 2 and "--output FILE.parquet" in err
+
+
 @pytest.mark.parametrize(
     "verb", [("cluster",), ("search", "RUN"), ("compact", "RUN"), ("features", "export", "RUN", "--format", "viewer")]
 )

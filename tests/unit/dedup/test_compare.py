@@ -69,3 +69,34 @@ def test_share_of_low_frequencies():
     assert low_share(noise) == pytest.approx(1 / 16, rel=0.02)
     assert low_share(np.ones((8, 9))) == pytest.approx(1)
     assert low_share(np.indices((8, 8)).sum(axis=0) % 2 * 2.0 - 1) == pytest.approx(0)
+
+
+def shape(kind, colour=(0, 0, 0), size=32):
+    """A disc or a bar of one colour on nothing."""
+    rows, columns = np.mgrid[:size, :size]
+    inside = (rows - 16) ** 2 + (columns - 16) ** 2 < 100 if kind == "disc" else np.abs(rows - columns) < 5
+    return np.dstack([*(np.full((size, size), value, np.uint8) for value in colour), (255 * inside).astype(np.uint8)])
+
+
+@pytest.mark.parametrize("stands_out", [True, False])
+def test_transparency_is_part_of_a_picture(stands_out):
+    disc, bar, red = encoded(shape("disc")), encoded(shape("bar")), encoded(shape("disc", (255, 0, 0)))
+    assert not same_picture(disc, bar, stands_out=stands_out)
+    assert not same_picture(disc, red, stands_out=stands_out)
+    again = encoded(shape("disc"), "WEBP", lossless=True)
+    assert same_picture(disc, again, stands_out=stands_out) and same_picture(red, red, stands_out=stands_out)
+    opaque = np.dstack([crop(0, 0), np.full((64, 64), 255, np.uint8)])
+    assert same_picture(encoded(opaque), encoded(crop(0, 0)), stands_out=stands_out)
+
+
+def test_equal_luma_is_no_equal_colour():
+    red, green = (np.tile(np.array(colour, np.uint8), (16, 16, 1)) for colour in ((255, 0, 0), (0, 129, 0)))
+    luma = [np.asarray(Image.fromarray(pixels).convert("L"))[0, 0] for pixels in (red, green)]
+    assert luma[0] == luma[1]
+    assert not same_picture(encoded(red), encoded(green), stands_out=True)
+    assert same_picture(encoded(red), encoded(red[:8, :8]), stands_out=True)
+
+
+def test_pictures_without_a_block_have_no_low_frequencies():
+    thin = np.random.default_rng(0).integers(0, 255, (2, 3, 64), np.uint8)
+    assert not same_picture(encoded(thin[0]), encoded(thin[1]), stands_out=True)

@@ -99,6 +99,23 @@ def test_recall_leaves_the_query_out_but_not_its_duplicates():
     assert line["recall_at_10_reranked"] == 1 and line["reconstruction_error"] == 0
 
 
+def test_few_candidates_are_too_few_to_rank_again_and_for_nothing_else():
+    x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    at = np.arange(0, 60, 7)
+    truth = neighbours(x, at)
+    lines = [measure(faiss.index_factory(8, "Flat"), x, at, truth, candidates=count) for count in (5, 20)]
+    assert [line["recall_at_10"] for line in lines] == [1, 1]
+    assert [line["recall_at_10_reranked"] for line in lines] == [0.5, 1]
+
+
+@pytest.mark.parametrize(("dim", "size"), [(31, 16), (48, 32), (8, 16), (64, 16)])
+def test_codes_keep_every_dimension(dim, size):
+    factory = codecs(dim, [size], [])[f"OPQ+PQ{size}"]
+    rotated = int(factory.partition("_")[2].partition(",")[0])
+    assert rotated >= dim and rotated % size == 0 and rotated < dim + size
+    assert faiss.index_factory(dim, factory).d == dim
+
+
 def test_codecs_fit_the_dimension():
     for dim in (20, 384):
         for factory in codecs(dim, [16], [32]).values():

@@ -57,6 +57,13 @@ def test_without_labels_and_without_an_index(make_run):
     assert summary_lines(made.config, report) == ["", "report     index.html"]
 
 
+def test_features_that_are_being_made_again_end_no_command(make_run):
+    made = make_run()
+    for dataset in ("train", "test"):
+        (made.run.path / "embed" / dataset / "features.json").unlink()
+    assert summary_lines(made.config, {"report": {"path": "index.html"}}) == ["", "report     index.html"]
+
+
 def test_each_command_names_the_one_after_it(make_run):
     made = make_run()
     results = made.results()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -163,3 +165,17 @@ def test_remote_shards_want_a_cache(remote):
     remote(0, [3])
     with pytest.raises(UserError, match="need a cache"):
         next(read_spans(open_shards("memory://cached"), [Span(0, 0, 1)]))
+
+
+def test_a_process_that_ends_waits_for_no_copy():
+    script = (
+        "import time\nfrom sslscale.shards.cache import _in_background\n"
+        "first = _in_background(lambda: 'made')\nassert first.result(10) == 'made'\n"
+        "for _ in range(8): _in_background(lambda: time.sleep(60))\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
+
+
+def test_what_a_copy_raises_is_raised_where_it_is_waited_for():
+    with pytest.raises(ZeroDivisionError):
+        cache._in_background(lambda: 1 / 0).result(10)

@@ -211,6 +211,34 @@ def test_a_record_that_the_disk_cannot_read_fails_alone(tmp_path, write_tar, mon
     assert shard.read(1)["png"] == b"b"
 
 
+def test_a_disk_that_answers_in_the_end_loses_nothing(tmp_path, write_tar, monkeypatch):
+    shard = TarShard(write_tar(tmp_path / "s.tar", [("a.png", b"a")]))
+    pread, failures = os.pread, iter([True, True])
+
+    def failing(descriptor, size, offset):
+        if next(failures, False):
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr("os.pread", failing)
+    assert shard.read(0)["png"] == b"a"
+
+
+@pytest.mark.parametrize("passing", [errno.ESTALE, errno.EMFILE, errno.EIO])
+def test_what_passes_is_an_error_and_no_lost_shard(tmp_path, write_tar, monkeypatch, passing):
+    shard = TarShard(write_tar(tmp_path / "s.tar", [("a.png", b"a")]))
+    _open.cache_clear()
+
+    def failing(*arguments):
+        raise OSError(passing, "for now")
+
+    monkeypatch.setattr("os.open", failing)
+    with pytest.raises(OSError, match="for now"):
+        shard.read(0)
+    with pytest.raises(OSError, match="for now"):
+        TarShard(shard.path)
+
+
 def test_a_file_that_is_gone_fails_the_sample(tmp_path, write_tar):
     path = write_tar(tmp_path / "s.tar", [("a.png", b"a")])
     shard = TarShard(path)
@@ -233,6 +261,12 @@ def test_the_layout_tells_contents_of_one_size_apart(tmp_path, write_tar):
         changed = write_tar(tmp_path / "other.tar", other)
         assert changed.stat().st_size == (tmp_path / "s.tar").stat().st_size
         assert TarShard(changed).layout != layout
+    with tarfile.open(tmp_path / "later.tar", "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.7e9
+            tar.addfile(info, io.BytesIO(data))
+    assert TarShard(tmp_path / "later.tar").layout != layout  # a label of one digit that is another now
 
 
 def test_a_file_replaced_after_opening_fails_the_sample(tmp_path, write_tar):

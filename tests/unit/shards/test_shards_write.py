@@ -126,6 +126,15 @@ def test_a_pack_killed_before_its_first_marker_goes_on(tmp_path, monkeypatch):
     assert write.run_pack(config(tmp_path))["samples"] == 100
 
 
+def test_a_split_whose_name_would_end_its_keys_is_refused(tmp_path, png):
+    (tmp_path / "in/train.v2/cat").mkdir(parents=True)
+    (tmp_path / "in/train.v2/cat/a.png").write_bytes(png(3))
+    settings = {"source": "imagefolder", "path": str(tmp_path / "in"), "options": {"splits": ["train.v2"]}}
+    with pytest.raises(UserError, match=r"no dot.*\n.*train\.v2"):
+        write.run_pack(config(tmp_path / "out", **settings))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_empty_split_is_refused_before_anything_starts(tmp_path, png):
     for file in ("train/cat/a.png", "test/cat/b.tif"):
         (tmp_path / "in" / file).parent.mkdir(parents=True)
