@@ -115,23 +115,26 @@ class TarShard:
         sample: dict[str, Any] = {"__key__": self.keys[record], "__url__": self.url}
         for member in range(self._first[record], self._first[record + 1]):
             # Not through the map: a page fault would hold the GIL, and a file cut off meanwhile would kill the process.
-            sample[self._extensions[member]] = self._read_member(file, member)
-        return sample
-
-    def _read_member(self, file: _File, member: int) -> bytes:
-        """A disk that does not answer is asked again: a block of it may be lost, or its server away for a moment."""
-        for pause in (*_PAUSES, None):
             try:
                 data = os.pread(file.descriptor, self._sizes[member], self._offsets[member])
-                return data if len(data) == self._sizes[member] else self._read_on(file, member, data)
+                if len(data) != self._sizes[member]:
+                    data = self._read_on(file, member, data)
             except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                if pause is None:
-                    reason = f"the .{self._extensions[member]} cannot be read: {error.strerror}"
-                    raise SampleError(reason) from None
-                time.sleep(pause)
-        raise AssertionError
+                data = self._read_again(file, member, error)
+            sample[self._extensions[member]] = data
+        return sample
+
+    def _read_again(self, file: _File, member: int, error: OSError) -> bytes:
+        """The member, from a disk that did not answer: a block of it may be lost, or its server away for a moment."""
+        for pause in _PAUSES:
+            if error.errno != errno.EIO:
+                raise error
+            time.sleep(pause)
+            try:
+                return self._read_on(file, member, b"")
+            except OSError as another:
+                error = another
+        raise SampleError(f"the .{self._extensions[member]} cannot be read: {error.strerror}") from None
 
     def _read_on(self, file: _File, member: int, data: bytes) -> bytes:
         """The member whole, of which `data` is the beginning: one read gives 2 GiB at most."""
