@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import time
-import zlib
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,26 +24,36 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 512
+from sslscale.shards.headers import (
+    BLOCK,
+    REGULAR,
+    RUN,
+    Damage,
+    check,
+    checked_names,
+    legible,
+    name_of,
+    number_of,
+    padded,
+    pax_of,
+    plain_headers,
+    text_of,
+)
+
 MAX_OPEN = 128  # files kept open: many streams over many small shards would pass the limit of a process
 IMAGES = ("png", "jpg", "jpeg", "webp", "bmp")
 ALLOWED = frozenset((*IMAGES, "cls", "txt", "json", "mp4", "npy"))  # judged by the last part: `seg.png` is a png
 UNPICKLED = frozenset(("pkl", "pickle", "pyd", "pt", "pth", "joblib"))
 
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-_TIME = re.compile(rb"(\d+) [acm]time=[^\n]*\n")  # a pax header as webdataset's own writer makes them
 _META = re.compile(r"__[^/]*__($|/)")
-_REGULAR, _LINKS = b"0\x007", b"12"
+_LINKS = b"12"
 _DATALESS = b"123456"  # links, devices, folders and pipes have no data, whatever their size says
 _DEREFERENCE = "-h --hard-dereference"  # GNU tar's flags that store what a link points to
 # Errors that say something of the file, and not of the moment: what is read again would find it as well.
 _LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _PAUSES = (0.1, 0.4)  # seconds, before a read that failed is tried again
-_ADLER = 65521
-_RUN = 8192  # headers that are checked together
-_NO_NUMBER = 1 << 63  # past the end of any file
 _SHORT_RUN = 16  # below this, one after the other is as fast
-_OCTAL = 8 ** np.arange(5, -1, -1)
 
 
 class SampleError(Exception):
@@ -178,7 +187,7 @@ class TarShard:
         with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as tar:
             try:
                 self._walk(tar, size)
-            except _Damage as damage:
+            except Damage as damage:
                 self.damage = str(damage)
 
     def _walk(self, tar: mmap.mmap, size: int) -> None:
@@ -191,35 +200,35 @@ class TarShard:
             alone = max(alone - 1, 0)
             header = tar[position : position + BLOCK]
             if len(header) < BLOCK:
-                raise _Damage(f"truncated: no end-of-archive mark before byte {size}")
+                raise Damage(f"truncated: no end-of-archive mark before byte {size}")
             if header[0] == 0 and not any(header):
                 return
-            _check(header, position)
+            check(header, position)
             kind = header[156:157]
-            length = 0 if kind in _DATALESS else pax.get("size") or _number(header[124:136], position)
+            length = 0 if kind in _DATALESS else pax.get("size") or number_of(header[124:136], position)
             start = position + BLOCK
-            position = start + _padded(length)
+            position = start + padded(length)
             if kind in b"LKxg":
                 if start + length > size:
-                    raise _Damage(f"truncated: the file ends within the header at byte {start - BLOCK}")
+                    raise Damage(f"truncated: the file ends within the header at byte {start - BLOCK}")
                 if kind == b"L":
-                    long_name = _text(tar[start : start + length])
+                    long_name = text_of(tar[start : start + length])
                 elif kind == b"x":
-                    pax = {**pax_global, **_pax(tar[start : start + length], start)}
+                    pax = {**pax_global, **pax_of(tar[start : start + length], start)}
                 elif kind == b"g":
-                    pax_global.update(_pax(tar[start : start + length], start))
+                    pax_global.update(pax_of(tar[start : start + length], start))
                     pax = dict(pax_global)
                 continue
-            name = pax.get("path") or long_name or _name(header)
-            shown = _shown(name)
+            name = pax.get("path") or long_name or name_of(header)
+            shown = legible(name)
             if kind == b"S" or "GNU.sparse.major" in pax or "GNU.sparse.size" in pax:
-                raise _Damage(f"the member at byte {start - BLOCK}, {shown}, is sparse, which is not supported")
-            record = self._add(name, start, length, kind in _LINKS) if kind in _REGULAR + _LINKS else None
+                raise Damage(f"the member at byte {start - BLOCK}, {shown}, is sparse, which is not supported")
+            record = self._add(name, start, length, kind in _LINKS) if kind in REGULAR + _LINKS else None
             if start + length > size:
                 reason = f"truncated: the file ends at byte {size}, within {shown}"
                 if record is not None:
                     self._refused.setdefault(record, reason)
-                raise _Damage(reason)
+                raise Damage(reason)
             long_name, pax = None, dict(pax_global)
 
     def _run(self, tar: mmap.mmap, position: int, size: int) -> tuple[int, int]:
@@ -229,20 +238,20 @@ class TarShard:
         not a whole regular file with a plain, right header is left to `_walk`.
         """
         while True:
-            positions, sizes = _plain_headers(tar, position, size)
+            positions, sizes = plain_headers(tar, position, size)
             if len(positions) < _SHORT_RUN:
                 return position, len(positions) + 1
-            names = _checked_names(tar, positions)
+            names = checked_names(tar, positions)
             for name, start, length in zip(names, positions, sizes, strict=False):
                 if length >= 0:
                     self._add(name, start + BLOCK, length)
-                    position = start + BLOCK + _padded(length)
-            if len(names) < _RUN:
+                    position = start + BLOCK + padded(length)
+            if len(names) < RUN:
                 return position, len(positions) - len(names) + 1
 
     def _add(self, name: str, start: int, length: int, is_link: bool = False) -> int | None:
         """The record that the member now belongs to; None for a name that gives none."""
-        given, name = name, _shown(name)
+        given, name = name, legible(name)
         rest = name[len(self._prefix) :] if name.startswith(self._prefix) else "/"
         if "/" in rest:  # of another record, most likely
             match = _KEY.fullmatch(name)
@@ -275,64 +284,6 @@ class TarShard:
         return record
 
 
-def _plain_headers(tar: mmap.mmap, position: int, size: int) -> tuple[list[int], list[int]]:
-    """Where at least _RUN headers are, and the sizes of their files; up to the first that looks unusual.
-
-    Usual are regular files, and before them pax headers that say nothing but times: their size is given as -1.
-    """
-    positions: list[int] = []
-    sizes: list[int] = []
-    while len(positions) < _RUN:
-        start = position
-        kind, length = _kind_and_length(tar, start, size)
-        if kind == b"x" and _is_time(tar[start + BLOCK : start + BLOCK + length]):
-            start += BLOCK + _padded(length)
-            kind, length = _kind_and_length(tar, start, size)
-        if kind not in _REGULAR:
-            break
-        if start != position:
-            positions.append(position)
-            sizes.append(-1)
-        positions.append(start)
-        sizes.append(length)
-        position = start + BLOCK + _padded(length)
-    return positions, sizes
-
-
-def _kind_and_length(tar: mmap.mmap, position: int, size: int) -> tuple[bytes, int]:
-    """Of a header in its usual form whose data is whole; any other is of kind "?"."""
-    fields = tar[position + 124 : position + 157]  # the length, then others, then the kind
-    if len(fields) == 33 and fields[11] in b"\0 " and fields[:11].isdigit():
-        length = _octal(fields[:11])
-        if position + BLOCK + length <= size:
-            return fields[32:], length
-    return b"?", 0
-
-
-def _is_time(data: bytes) -> bool:
-    match = _TIME.fullmatch(data)
-    return match is not None and int(match[1]) == len(data)
-
-
-def _checked_names(tar: mmap.mmap, positions: list[int]) -> list[str]:
-    """The names in these headers, up to the first whose checksum is wrong or that is not of the usual form."""
-    blocks = np.frombuffer(tar, dtype=np.uint8, count=positions[-1] + BLOCK).reshape(-1, BLOCK)
-    headers = blocks[np.array(positions) // BLOCK]  # a copy: the map can be closed
-    stored = headers[:, 148:156]
-    digits = stored[:, :6] - np.uint8(ord("0"))
-    total = headers.sum(axis=1, dtype=np.int64) - stored.sum(axis=1, dtype=np.int64) + 8 * 0x20
-    right = (digits < 8).all(axis=1) & (stored[:, 6] == 0) & (digits @ _OCTAL == total)
-    count = len(right) if right.all() else int(right.argmin())
-    names = [_text(name) for name in np.ascontiguousarray(headers[:count, :100]).view("S100")[:, 0].tolist()]
-    for index in np.flatnonzero(headers[:count, 345]):  # a path that goes on in another field
-        names[index] = _name(headers[index].tobytes())
-    return names
-
-
-def _padded(length: int) -> int:
-    return (length + BLOCK - 1) // BLOCK * BLOCK
-
-
 @dataclass(frozen=True)
 class _File:
     """An open file, closed with the last reference to it."""
@@ -359,70 +310,3 @@ def _open(path: str, stamp: tuple[int, ...]) -> _File:
 def _stamp(file: _File) -> tuple[int, ...]:
     status = os.fstat(file.descriptor)
     return status.st_size, status.st_ino, status.st_mtime_ns
-
-
-class _Damage(Exception):
-    """What ends the pass over the headers."""
-
-
-def _check(header: bytes, position: int) -> None:
-    """The header's checksum: the sum of its bytes, with its own eight taken as blanks."""
-    # The low half of adler32 is 1 + that sum, modulo 65521: the same test at a fraction of the cost of sum().
-    total = (zlib.adler32(header[:148]) & 0xFFFF) + (zlib.adler32(header[156:]) & 0xFFFF) - 2 + 8 * 0x20
-    if (total - _number(header[148:156], position)) % _ADLER:
-        raise _Damage(f"corrupt: the header at byte {position} fails its checksum")
-
-
-def _number(field: bytes, position: int) -> int:
-    """An octal field, or GNU's base 256 where its first bit is set."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    digits = field.strip(b"\0 ") or b"0"
-    if digits.isdigit() and (number := _octal(digits)) < _NO_NUMBER:  # int() knows signs and underscores, too
-        return number
-    raise _Damage(f"corrupt: the header at byte {position} has a bad number")
-
-
-def _octal(digits: bytes) -> int:
-    """Decimal digits as an octal number; _NO_NUMBER where there is an 8 or a 9."""
-    try:
-        return int(digits, 8)
-    except ValueError:
-        return _NO_NUMBER
-
-
-def _name(header: bytes) -> str:
-    name = _text(header[:100])
-    if header[257:263] == b"ustar\0" and header[345]:  # GNU's own format keeps other things there
-        return f"{_text(header[345:500])}/{name}"
-    return name
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _shown(name: str) -> str:
-    """The name as it is; where it is not UTF-8, with the bytes that are not as \\xe9."""
-    if name.isascii():
-        return name
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _pax(data: bytes, position: int) -> dict[str, Any]:
-    """The records "<length> <keyword>=<value>\\n" of a pax extended header; `size` as an integer."""
-    values: dict[str, Any] = {}
-    start = 0
-    while start < len(data) and data[start]:
-        length, _, _ = data[start : start + 20].partition(b" ")
-        record = data[start + len(length) + 1 : start + int(length)] if length.isdigit() else b""
-        keyword, equals, value = record.partition(b"=")
-        if not equals or not value.endswith(b"\n"):
-            raise _Damage(f"corrupt: the pax header at byte {position} cannot be read")
-        values[_text(keyword)] = _text(value[:-1])
-        start += int(length)
-    if "size" in values:
-        if not values["size"].isdigit():
-            raise _Damage(f"corrupt: the pax header at byte {position} has a bad size")
-        values["size"] = int(values["size"])
-    return values

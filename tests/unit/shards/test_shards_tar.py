@@ -316,7 +316,9 @@ def test_many_headers_at_once_are_read_as_one_after_the_other(tmp_path, monkeypa
         damaged.append(bytes(data))
     for number, content in enumerate(damaged):
         path.write_bytes(content)
-        monkeypatch.setattr("sslscale.shards.tar._RUN", int(rng.choice([20, 8192])))
+        run = int(rng.choice([20, 8192]))
+        for module in ("tar", "headers"):
+            monkeypatch.setattr(f"sslscale.shards.{module}.RUN", run)
         at_once = contents(TarShard(path))
         with monkeypatch.context() as patch:
             patch.setattr(TarShard, "_run", lambda self, tar, position, size: (position, 1))
@@ -330,5 +332,5 @@ def test_runs_of_headers_are_really_taken(tmp_path, monkeypatch):
             info = tarfile.TarInfo(f"{number:05d}.png")
             info.mtime = 1.5
             tar.addfile(info)
-    monkeypatch.setattr("sslscale.shards.tar._check", None)  # what one after the other would call
+    monkeypatch.setattr("sslscale.shards.tar.check", None)  # what one after the other would call
     assert len(TarShard(path)) == 100
