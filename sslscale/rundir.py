@@ -251,7 +251,7 @@ class RunDir:
     def _withdraw(self) -> None:
         """Removes stages begun here that have made nothing: the settings that were refused bind no others."""
         for path in self._begun:
-            if [entry.name for entry in path.iterdir()] == ["stage.json"]:
+            if path.is_dir() and [entry.name for entry in path.iterdir()] == ["stage.json"]:
                 discard(path)
 
     def stage_path(self, kind: str, name: str | None = None) -> Path:

@@ -6,7 +6,6 @@ from scipy.stats import spearmanr
 
 from sslscale.anomaly.stage import run_anomaly
 from sslscale.config import RunConfig
-from sslscale.errors import UserError
 from sslscale.features import FeatureStore
 from sslscale.rundir import RunDir
 from sslscale.runtime.base import make_runtime
@@ -46,13 +45,3 @@ def test_scores_rank_like_the_exact_ones(run):
 def test_many_rows_are_searched_by_lists(run, monkeypatch):
     monkeypatch.setattr("sslscale.anomaly.stage.EXACT_ROWS", 4000)
     assert scores(run, "many")[0]["method"] == "all_pairs"
-
-
-def test_another_reference_cannot_be_searched_by_lists(run, tmp_path):
-    other = RunDir(tmp_path)
-    for name in ("a", "b"):
-        store = FeatureStore.create(tmp_path / "embed" / name, dim=2, dtype="fp32", normalized=False, backbone="b")
-        store.commit([store.write_part(0, np.eye(20, 2), [str(i) for i in range(20)], ["s"] * 20, range(20))])
-    with pytest.raises(UserError, match="leave anomaly"):
-        scores(other, "main", method="all_pairs", datasets=["a"], reference=["b"])
-    assert not (tmp_path / "anomaly").exists()

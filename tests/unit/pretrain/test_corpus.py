@@ -16,6 +16,7 @@ from sslscale.errors import StageError, UserError
 from sslscale.models.drop_path import KeyedDropPath
 from sslscale.models.norm import gather_batch_norm
 from sslscale.pretrain.corpus import TrainingCorpus
+from sslscale.runtime.base import compute_threads
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.loader import TrainLoader
 from sslscale.shards.readers import ImageReader
@@ -151,7 +152,8 @@ def _answers(folder: str) -> list[torch.Tensor]:
     seen = corpus(folder)
     features = seen.map(lambda images, random: torch.stack([value(images, random), random.uniform("x")], dim=1))
     norm = gather_batch_norm(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(1)))
-    seen.settle(norm)
+    with compute_threads(1):  # by which sums are rounded
+        seen.settle(norm)
     return [features, seen.neighbours(features, 4), seen.centroids(features, 3), norm[1].running_var]
 
 
