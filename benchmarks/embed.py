@@ -7,7 +7,8 @@ vit      ViT-S/16 at 224 on JPEGs of about 100 KB, against a bare loop: the same
 resnet   the same for the ResNet of configs/fashion_mnist.yaml on 28x28 PNGs
 workers  two workers against one, one thread each (decoding in it, too), the ViT
 ray      two workers on Ray against `ray.data.read_webdataset().map_batches` with two actors of the same model, one
-         thread each, on the same shards of small PNGs; both write their features
+         thread each, on the same shards of small PNGs; both write their features, and start their processes in every
+         turn ("ours" beside it: processes that are there)
 
 Ours is the whole work of a part: spans of tar shards, decoding, fixed-shape batches, normalised fp16 rows, keys,
 content hashes, files. Runs are interleaved and their medians compared. The limits beside it: decoding alone, the model
@@ -263,6 +264,7 @@ def main() -> None:
     parser.add_argument("--claims", nargs="+", default=list(REQUIRED), choices=list(REQUIRED))
     parser.add_argument("--photographs", type=int, default=192)
     parser.add_argument("--pngs", type=int, default=16384)
+    parser.add_argument("--ray-pngs", type=int, default=81920, help="of the claim `ray`, where both start workers")
     parser.add_argument("--repeats", type=int, default=5, help="of the claim `workers`: two more")
     parser.add_argument("--threads", type=int, default=2, help="of the model, and of the decoders, for vit and resnet")
     arguments = parser.parse_args()
@@ -271,7 +273,7 @@ def main() -> None:
         "vit": (vit, arguments.photographs, lambda case: against_bare(case, arguments.repeats, arguments.threads)),
         "resnet": (resnet, arguments.pngs, lambda case: against_bare(case, arguments.repeats, arguments.threads)),
         "workers": (vit, arguments.photographs, lambda case: workers(case, arguments.repeats + 2)),
-        "ray": (resnet, arguments.pngs, lambda case: against_ray_data(case, arguments.repeats)),
+        "ray": (resnet, arguments.ray_pngs, lambda case: against_ray_data(case, arguments.repeats)),
     }
     for claim in arguments.claims:
         make, samples, run = runs[claim]
