@@ -48,6 +48,7 @@ class Backbone(Encoder):
         super().__init__(config, files)
         self.model = create_timm(config)
         key_drops(self.model, DropPath)
+        self._size = _only_size(self.model)
         # what the pooled features of a model with a layer before its classifier have is that layer's width
         self.feature_dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)  # type: ignore[arg-type]
         for name, values in (("mean", config.mean), ("std", config.std)):
@@ -62,7 +63,7 @@ class Backbone(Encoder):
         return ImageReader(channels, size, channels_last=True)
 
     def check_size(self, size: int) -> None:
-        own = self._only_size()
+        own = self._size
         if own not in (None, (size, size)):
             raise UserError(
                 "this backbone takes images of one size",
@@ -93,7 +94,7 @@ class Backbone(Encoder):
         return self.model(self.normalise(images))
 
     def _check_views(self, images: Tensor) -> None:
-        own = self._only_size()
+        own = self._size
         if own is not None and tuple(images.shape[-2:]) != own:
             raise UserError(
                 "this backbone takes images of one size, and the objective gives it another",
@@ -101,14 +102,6 @@ class Backbone(Encoder):
                 allowed="x".join(map(str, own)),
                 fix="set backbone.kwargs.img_size to the size of the views or patches, or dynamic_img_size=true",
             )
-
-    def _only_size(self) -> tuple[int, ...] | None:
-        """The one size of images that the model takes; None where it takes several."""
-        for module in self.model.modules():
-            own = getattr(module, "img_size", None)
-            if getattr(module, "strict_img_size", False) and own is not None:
-                return tuple(own)
-        return None
 
     @property
     def vit(self) -> VisionTransformer:
@@ -208,6 +201,15 @@ def create_timm(config: BackboneConfig | FramesConfig) -> nn.Module:
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model
+
+
+def _only_size(model: nn.Module) -> tuple[int, ...] | None:
+    """The one size of images that the model takes; None where it takes several."""
+    for module in model.modules():
+        own = getattr(module, "img_size", None)
+        if getattr(module, "strict_img_size", False) and own is not None:
+            return tuple(own)
+    return None
 
 
 def _without_dropout(model: nn.Module, kwargs: Mapping[str, Any]) -> None:

@@ -72,12 +72,12 @@ def test_ranks_are_told_what_was_decided(
     """Else a rank that was placed on a CPU would take the GPU that it sees."""
     begun = []
 
-    def until_done(self: launch._Launch, settings: dict) -> dict:
+    def until_done(self: launch.Restarts, settings: dict) -> dict:
         begun.append((settings["config"]["pretrain"]["device"], self.group.device, self.group.room()))
         return {"steps": 1}
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    monkeypatch.setattr(launch._Launch, "until_done", until_done)
+    monkeypatch.setattr(launch.Restarts, "until_done", until_done)
     config = RunConfig(pretrain=PretrainConfig(num_workers=2))
     assert launch.launch(tmp_path, config, Machines(gpus), None, lambda: None) == {"steps": 1}
     assert begun == [(expected, expected, 2)]

@@ -13,8 +13,8 @@ import pytest
 
 from sslscale.config import PretrainConfig
 from sslscale.errors import StageError
-from sslscale.pretrain import launch
-from sslscale.pretrain.launch import MOVE, OUTCOME, STOP, NoRoom, _Launch, largest
+from sslscale.pretrain import restarts
+from sslscale.pretrain.restarts import MOVE, OUTCOME, STOP, NoRoom, Restarts, largest
 
 
 class ScriptedGroup:
@@ -68,7 +68,7 @@ def stop_then_lose(group: ScriptedGroup) -> None:
 
 def run(group: ScriptedGroup, **settings: object) -> dict | None:
     config = PretrainConfig(num_streams=4, global_batch=4, **settings)
-    return _Launch(group.folder, config, group, lambda: None).until_done({})
+    return Restarts(group.folder, config, group, lambda: None).until_done({})
 
 
 def test_the_size_is_the_largest_allowed_one():
@@ -112,7 +112,7 @@ def test_a_group_of_one_size_waits_for_its_room(tmp_path):
 
 
 def test_ranks_move_when_there_is_room_for_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(restarts, "_LOOK_SECONDS", 0.0)
 
     def until_asked_to_move(group: ScriptedGroup) -> None:
         group.places = 2  # a node comes back
@@ -129,8 +129,8 @@ def test_ranks_move_when_there_is_room_for_more(tmp_path, monkeypatch):
 
 
 def test_who_has_lost_the_run_asks_no_ranks_to_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch.lease, "lost", lambda: True)
-    with pytest.raises(KeyboardInterrupt), launch._stop_on_signal(tmp_path / STOP):
+    monkeypatch.setattr(restarts.lease, "lost", lambda: True)
+    with pytest.raises(KeyboardInterrupt), restarts.stop_on_signal(tmp_path / STOP):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert not (tmp_path / STOP).exists()
