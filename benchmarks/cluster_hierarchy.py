@@ -7,10 +7,11 @@ parts of 2^18. `sslscale cluster` with `method=hierarchical`, then the best flat
 over all rows that begin at the hierarchical centroids, where no start of its own could bring it, go past the means but
 for the last, and compare with near groups of clusters (see sslscale.cluster.lloyd). Its last SSE is exact.
 
-Distances a row: hierarchical at most so many (`max_iterations` of each level, the starts, the joint iterations and the
-assignment). Of flat k-means two figures: what the run above would take if each of its passes compared with all clusters
-(it compares with near groups), without the hierarchical run that it begins with; and what a run from a start of its own
-takes by as many iterations as one level may have and the assignment, which was not made.
+Distances a row: hierarchical at most so many (the parents' iterations as they were made, those of the splits as if none
+had ended before `max_iterations`, the starts, the joint iterations and the assignment). Of flat k-means two figures:
+what the run above would take if each of its passes compared with all clusters (it compares with near groups), without
+the hierarchical run that it begins with; and what a run from a start of its own takes by as many iterations as one
+level may have and the assignment, which was not made.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from common import write_result, write_store
 from index_auto import features as expanded
 
 from sslscale.cluster.kmeans import KMeansWorker, PoolRows
-from sslscale.cluster.lloyd import PLAIN, RELAXATION, LloydState, Step, lloyd
+from sslscale.cluster.lloyd import PLAIN, RELAXATION, SAMPLE_PER_CLUSTER, LloydState, Step, lloyd
 from sslscale.cluster.stage import run_cluster
 from sslscale.config import RunConfig
 from sslscale.features import open_features
 from sslscale.features.files import open_npy
-from sslscale.rundir import RunDir
+from sslscale.rundir import RunDir, read_lines
 from sslscale.runtime.base import Resources, make_runtime
 
 DIM, MAX_ITERATIONS = 64, 20
@@ -71,8 +72,10 @@ def measure(folder: Path, rows: int, clusters: int, flat_iterations: int) -> dic
             centroids = np.array(open_npy(run.path / "cluster/main/centroids.npy"))
             flat = flat_from(centroids, PoolRows(pool, features, folder / "flat"), flat_iterations)
             flat_seconds = time.perf_counter() - start
+        fitted = sum(line["share"] for line in read_lines(run.path / "cluster/main/hierarchy/parents.jsonl"))
     parents, children = result["num_parents"], clusters / result["num_parents"]
-    distances = (MAX_ITERATIONS + START) * (parents + children) + result["distances_per_row"]
+    of_parents = (fitted + START * min(1.0, SAMPLE_PER_CLUSTER * parents / rows) + 1) * parents  # and the partition
+    distances = of_parents + (MAX_ITERATIONS + 1 + START) * children + result["distances_per_row"]
     flat_distances = {"flat, as made": len(flat) * clusters, "flat, from a start": (MAX_ITERATIONS + 1) * clusters}
     return {
         "seconds": {"hierarchical": round(seconds, 1), "flat": round(flat_seconds, 1)},

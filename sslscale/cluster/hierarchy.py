@@ -21,14 +21,15 @@ import numpy as np
 from sslscale.cluster.kernels import Pass
 from sslscale.cluster.lloyd import RELAXATION, SAMPLE_PER_CLUSTER, ArrayRows, Rows, lloyd, schedule, update
 from sslscale.cluster.seeding import initial_state
-from sslscale.cluster.tree import Tree, by_group, nearest_group
+from sslscale.cluster.tree import Tree, by_group, nearest_group, share_of
 from sslscale.features import FeatureSet, sample_positions
 from sslscale.features.distance import prepare
 from sslscale.runtime.base import compute_threads
 
 RESAMPLINGS = 4  # of the balanced method
 JOINT_ITERATIONS = 3  # of all children, the balanced ones aside: they would go back to where rows are many
-NEAR_PARENTS = 32  # whose children a row is compared with
+JOINT_NEAR = 16  # parents' worth of children that a row is compared with while all of them move
+NEAR_PARENTS = 32  # and in the assignment: means suffer less than assignments do from a child that is about as near
 
 
 def num_parents(num_clusters: int) -> int:
@@ -68,17 +69,25 @@ def split(
     return state.centroids[0]
 
 
-def tree_of(centroids: np.ndarray, counts: np.ndarray) -> Tree:
+def tree_of(centroids: np.ndarray, counts: np.ndarray, near: int) -> Tree:
     """Over the children (K, D) of parents, `counts` of each that has any, that stand one parent after the other."""
     counts = counts[counts > 0]
     starts = np.concatenate([[0], np.cumsum(counts)])
     centres = (np.add.reduceat(centroids.astype(np.float64), starts[:-1]) / counts[:, None]).astype(centroids.dtype)
-    return Tree(centres, np.arange(len(centroids)), starts, NEAR_PARENTS)
+    return Tree.of(centres, centroids, np.split(np.arange(len(centroids)), starts[1:-1]), near)
+
+
+def compared(sizes: np.ndarray, counts: np.ndarray, near: int) -> float:
+    """Centres and children that a row is compared with, in the mean over the parents' rows `sizes` (P,)."""
+    sizes, counts = sizes[counts > 0], counts[counts > 0]
+    children = np.maximum(counts, share_of(near, len(counts), int(counts.sum())))
+    return len(counts) + float(sizes @ children / sizes.sum())
 
 
 def moved_together(rows: Rows, centroids: np.ndarray, counts: np.ndarray, metric: str, relaxation: float) -> np.ndarray:
     """The children (K, D) after an update over all rows, see `lloyd.update`."""
-    totals = rows.totals(Pass(centroids[None], np.ones(1), [tree_of(centroids, counts)]))
+    tree = tree_of(centroids, counts, JOINT_NEAR)
+    totals = rows.totals(Pass(centroids[None], np.ones(1), [tree]))
     moved = update(totals.sums[0], totals.counts[0], centroids, metric, relaxation)
     return _filled(moved, totals.counts[0], counts, metric)
 
@@ -130,7 +139,7 @@ def fit_array(
         centroids = np.concatenate(list(pool.map(children, np.flatnonzero(counts).tolist())))
     for relaxation in relaxations(balanced=False):
         centroids = moved_together(rows, centroids, counts, metric, relaxation)
-    return centroids, tree_of(centroids, counts), int(state.iterations[state.best])
+    return centroids, tree_of(centroids, counts, NEAR_PARENTS), int(state.iterations[state.best])
 
 
 def gather(

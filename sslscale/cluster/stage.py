@@ -7,9 +7,9 @@ cluster/<name>/metrics.jsonl                         the objective at every iter
 cluster/<name>/sweep/<K>.jsonl                       the same, where several numbers of clusters are tried
 
 Of result.json: `schedule`, how the k-means iterations went (see `lloyd.Step`); `sweep`, one line a number of clusters
-(see `sweep.describe`), and `num_clusters` the one chosen by `sweep.choose`; `num_parents` and `distances_per_row` of
-the hierarchical method; `noise`, the rows that hdbscan left out, which are assigned to the nearest centroid; `warnings`
-of clusters that are empty or hold nearly everything.
+(see `sweep.describe`), and `num_clusters` the one chosen by `sweep.choose`; `num_parents` of the hierarchical method,
+and `distances_per_row` of its iterations of all clusters and the assignment; `noise`, the rows that hdbscan left out,
+which are assigned to the nearest centroid; `warnings` of clusters that are empty or hold nearly everything.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ import numpy as np
 
 from sslscale import storage
 from sslscale.cluster.hierarchy import (
+    JOINT_NEAR,
+    NEAR_PARENTS,
     RESAMPLINGS,
     child_counts,
+    compared,
     moved_together,
     num_parents,
     relaxations,
@@ -201,15 +204,14 @@ def _fit_hierarchy(
             centroids = open_npy(file)
             progress.advance()
     discard(stage.path / RANGES)
-    tree = tree_of(centroids, counts)
-    candidates = [len(tree.candidates(group)) for group in range(len(used))]
+    tree = tree_of(centroids, counts, NEAR_PARENTS)
     write_npy(stage.path / "centroids.npy", centroids)
     return {
         "num_clusters": len(centroids),
         "objective": _assign_parts(stage, pool, features, (centroids, tree)),
         "iterations": int(state.iterations[state.best]),
         "num_parents": len(parents),
-        "distances_per_row": (len(turns) + 1) * (len(parents) + float(sizes[used] @ candidates / sizes.sum())),
+        "distances_per_row": sum(compared(sizes, counts, near) for near in [*[JOINT_NEAR] * len(turns), NEAR_PARENTS]),
     }
 
 

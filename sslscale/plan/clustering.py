@@ -1,8 +1,8 @@
 """What k-means costs over any number of vectors on any number of devices: formulas over rates that are measured here.
 
 N vectors of D dimensions in fp16, K clusters. A flat pass multiplies every vector with every centroid; the hierarchical
-method (cluster/hierarchy.py) with sqrt(K) parents, and then with the children of the nearest few of them. The driver
-gets the float64 sums of every part, or at large K once those of all parts, for which rows are read twice
+method (cluster/hierarchy.py) with sqrt(K) parents, and then with a few parents' worth of children near its own. The
+driver gets the float64 sums of every part, or at large K once those of all parts, for which rows are read twice
 (cluster/ranges.py); centroids go out once to a node.
 """
 
@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from sslscale.cluster.hierarchy import NEAR_PARENTS, num_parents, sample_limit
+from sslscale.cluster.hierarchy import JOINT_NEAR, NEAR_PARENTS, num_parents, sample_limit
 from sslscale.cluster.kernels import BLOCK_ROWS, NearestCentroid, Pass, accumulate, blocks
 from sslscale.cluster.kmeans import check_num_clusters
 from sslscale.cluster.ranges import RANGE_BYTES
+from sslscale.cluster.tree import share_of
 from sslscale.config import RunConfig
 from sslscale.errors import UserError
 from sslscale.plan.model import RANKS, Machine, check_rates
@@ -146,13 +147,16 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
     """An iteration over the parents, one over all samples that are split, one of all clusters, and the assignment.
 
     A split looks at `sample_limit` rows a parent, sqrt(K) children each; every row is then compared with all parents
-    and with the children of NEAR_PARENTS of them.
+    and with as many children as NEAR_PARENTS of them have, JOINT_NEAR while all clusters move.
     """
     parents = num_parents(vectors.clusters)
     children = vectors.clusters / parents
     sample = min(vectors.rows, parents * sample_limit(math.ceil(children)))
-    candidates = parents + min(NEAR_PARENTS, parents) * children
     centroids = vectors.clusters * vectors.dim * FP32
+
+    def assigned(near: int) -> float:
+        return 2 * vectors.rows * (parents + share_of(near, parents, vectors.clusters)) * vectors.dim
+
     split = Work(
         "an iteration of the splits",
         flops=2 * sample * children * vectors.dim,
@@ -165,7 +169,7 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
     )
     assign = Work(
         "the assignment",
-        flops=2 * vectors.rows * candidates * vectors.dim,
+        flops=assigned(NEAR_PARENTS),
         added=ADDED * vectors.rows * vectors.dim,
         bytes_read=vectors.bytes,
         bytes_received=0,
@@ -174,7 +178,8 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
         driver_bytes=2 * centroids,
     )
     joint = replace(
-        _pass("an iteration of all clusters", replace(vectors, restarts=1), vectors.clusters), flops=assign.flops
+        _pass("an iteration of all clusters", replace(vectors, restarts=1), vectors.clusters),
+        flops=assigned(JOINT_NEAR),
     )
     return [_pass("an iteration of the parents", vectors, parents), split, joint, assign]
 
