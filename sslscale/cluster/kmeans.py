@@ -56,12 +56,11 @@ class KMeans(ClusterMixin, BaseEstimator):
     `metric` is "l2" or "cosine" (spherical k-means); `init` is "k-means++", "kmeans||", "random", "auto" (k-means++, or
     kmeans|| for a thousand clusters and more) or an array (K, D); the lowest objective of `num_init` restarts wins.
     `method` is "lloyd", exact from the first iteration, or "minibatch", whose early iterations, if rows are many, see
-    growing samples, go past the means and compare with near groups of centroids only (see `lloyd.schedule`); both end
-    with exact, plain passes over all rows. "hierarchical", for very many clusters, splits the rows of sqrt(K) parents
-    and compares a row with a small part of the clusters (see hierarchy.py); it takes neither weights nor an array as
-    init. Iterations end when the objective falls by at most `tolerance` of itself.
-    Above 65536 rows `threads` share the work; how many does not change the result. `device` is "cpu", "cuda" or "auto":
-    a GPU where there is one.
+    growing samples, go past the means and compare with centroids nearby only (see `lloyd.schedule`); both end with
+    exact, plain passes over all rows. "hierarchical", for very many clusters, splits the rows of sqrt(K) parents and
+    compares a row with a small part of the clusters (see hierarchy.py); it takes neither weights nor an array as init.
+    Iterations end when the objective falls by at most `tolerance` of itself. Above 65536 rows `threads` share the work;
+    how many does not change the result. `device` is "cpu", "cuda" or "auto": a GPU where there is one.
 
     Fitted: `cluster_centers_` (K, D), `labels_` int32 (N,), `n_iter_` (updates of the winner, or of its parents), and
     `inertia_`, the objective: the sum of squared Euclidean distances, or of 1 - cosine, to the centroid, in float64.

@@ -20,7 +20,14 @@ NOISE = -1
 
 
 def check_rows(method: str, num_rows: int) -> None:
-    """Raises UserError where `method` cannot handle so many rows."""
+    """Raises UserError where `method` cannot handle so many rows, or so few."""
+    if num_rows < 2:
+        raise UserError(
+            f"cluster.method={method} compares samples, and there is one",
+            got=f"n_samples = {num_rows}",
+            allowed="2 or more",
+            fix="set cluster.method=minibatch",
+        )
     if num_rows > MAX_ROWS[method]:
         raise UserError(
             f"too many samples for cluster.method={method}",

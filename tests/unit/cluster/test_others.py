@@ -6,7 +6,8 @@ from sklearn.cluster import SpectralClustering
 from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score
 
-from sslscale.cluster.others import SPECTRAL_NEIGHBOURS, fit_labels
+from sslscale.cluster.others import MAX_ROWS, SPECTRAL_NEIGHBOURS, check_rows, fit_labels
+from sslscale.errors import UserError
 
 
 @pytest.mark.parametrize("rows", [300, 1797])
@@ -29,3 +30,12 @@ def test_spectral_finds_the_parts_of_a_graph_in_parts(rows):
 def test_spectral_of_as_many_clusters_as_rows():
     x = np.eye(6, dtype=np.float32)
     assert len(set(fit_labels(x, "spectral", 6, 3, seed=0))) == 6
+
+
+@pytest.mark.parametrize("method", MAX_ROWS)
+def test_samples_too_many_and_too_few_are_refused(method):
+    check_rows(method, 2)
+    check_rows(method, MAX_ROWS[method])
+    for rows in (1, MAX_ROWS[method] + 1):
+        with pytest.raises(UserError, match=f"cluster.method={method}"):
+            check_rows(method, rows)
