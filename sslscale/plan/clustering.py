@@ -29,7 +29,7 @@ from sslscale.plan.text import duration, size, table
 from sslscale.provenance import hardware
 from sslscale.runtime.base import compute_threads
 
-FP16, FP32, FP64 = 2, 4, 8
+FP16, FP32, FP64, INT32 = 2, 4, 8, 4
 ADDED = FP16 + 2 * FP32 + FP64  # bytes a value that adding up a row moves: read, in fp32 and back, in float64
 PROBE_ROWS, PROBE_CLUSTERS = 2**17, 4096
 
@@ -154,8 +154,17 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
     sample = min(vectors.rows, parents * sample_limit(math.ceil(children)))
     centroids = vectors.clusters * vectors.dim * FP32
 
-    def assigned(near: int) -> float:
-        return 2 * vectors.rows * (parents + share_of(near, parents, vectors.clusters)) * vectors.dim
+    def by_tree(work: Work, near: int) -> Work:
+        """As a tree of the centroids does it (cluster/tree.py), which the driver makes of them in float64."""
+        children = share_of(near, parents, vectors.clusters)
+        tree = parents * children * INT32
+        return replace(
+            work,
+            flops=2 * vectors.rows * (parents + children) * vectors.dim,
+            bytes_sent=work.bytes_sent + tree,
+            worker_bytes=work.worker_bytes + tree,
+            driver_bytes=work.driver_bytes + 2 * centroids + tree,
+        )
 
     split = Work(
         "an iteration of the splits",
@@ -169,7 +178,7 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
     )
     assign = Work(
         "the assignment",
-        flops=assigned(NEAR_PARENTS),
+        flops=0,  # of the tree
         added=ADDED * vectors.rows * vectors.dim,
         bytes_read=vectors.bytes,
         bytes_received=0,
@@ -177,11 +186,9 @@ def hierarchical_passes(vectors: Vectors) -> list[Work]:
         worker_bytes=centroids + vectors.part_rows * (FP64 + FP32 + FP64),
         driver_bytes=2 * centroids,
     )
-    joint = replace(
-        _pass("an iteration of all clusters", replace(vectors, restarts=1), vectors.clusters),
-        flops=assigned(JOINT_NEAR),
-    )
-    return [_pass("an iteration of the parents", vectors, parents), split, joint, assign]
+    joint = _pass("an iteration of all clusters", replace(vectors, restarts=1), vectors.clusters)
+    passes = [_pass("an iteration of the parents", vectors, parents), split]
+    return [*passes, by_tree(joint, JOINT_NEAR), by_tree(assign, NEAR_PARENTS)]
 
 
 def _pass(name: str, vectors: Vectors, clusters: int) -> Work:

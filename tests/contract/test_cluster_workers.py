@@ -141,7 +141,7 @@ def test_stopped_at_every_iteration(run, monkeypatch):
     save, passes = lloyd.LloydState.save, []
     monkeypatch.setattr(lloyd.LloydState, "save", lambda state, path: (save(state, path), passes.append(state.passes)))
     run_cluster(run, config(1), runtime, name="counted")
-    for stop in range(0, len(passes), 2):
+    for stop in range(len(passes)):
         saved = []
 
         def save_and_stop(state, path, saved=saved, stop=stop):

@@ -63,6 +63,8 @@ def test_the_hierarchy_compares_with_parents_and_near_children() -> None:
     assert split.flops == 2 * (1000 * 256 * 1000) * 1000 * 384
     assert assign.flops == 2 * 10**9 * (1000 + 32 * 1000) * 384
     assert joint.flops == 2 * 10**9 * (1000 + 16 * 1000) * 384
+    tree = 1000 * 32 * 1000 * 4  # each parent's candidates
+    assert assign.bytes_sent == 10**6 * 384 * 4 + tree and assign.driver_bytes > 10**6 * 384 * 8 + tree
     assert joint.bytes_received == flat_pass(VECTORS).bytes_received > assign.bytes_received == 0
 
 
