@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -86,6 +87,7 @@ class Clock:
 def serve(connection: Connection, rank: int, world_size: int, folder: str, config: dict[str, Any]) -> None:
     """One rank: trains as many steps as told; answers (seconds inside collectives, their number, processor seconds)."""
     torch.set_num_threads(1)
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}  # as launchers do
     clock = Clock()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size)
     trainer = Trainer(Path(folder) / str(world_size) / "pretrain", RunConfig(**config), TOOLS)

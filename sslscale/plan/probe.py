@@ -117,7 +117,7 @@ def import_all() -> None:
 
 
 def _measure(config: RunConfig, folder: Path, ranks: int, rank: int) -> Probe:
-    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}  # as launchers do
     import_all()
     import torch
     import torch.distributed as dist

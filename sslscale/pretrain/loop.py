@@ -40,6 +40,7 @@ from sslscale.pretrain.evaluate import Evaluator, is_healthy, warnings_of
 from sslscale.pretrain.ranks import MOVE, STOP
 from sslscale.rundir import Metrics, write_atomic
 from sslscale.runtime.allocator import keep_freed_memory
+from sslscale.runtime.cores import keep_to_own_cores
 from sslscale.runtime.device import pick_device
 from sslscale.shards.cache import ShardCache
 from sslscale.shards.dataset import open_shards
@@ -98,6 +99,7 @@ class Trainer:
         torch.set_num_threads(self.config.threads)
         if self.device.type == "cpu":
             keep_freed_memory()
+            keep_to_own_cores(self.config.threads)
         self.shards = open_shards(config.datasets[self.config.dataset], ShardCache.of(config), config.limit)
         self.total_steps = self._total_steps()
         torch.manual_seed(config.seed)  # the same initial weights on every rank
