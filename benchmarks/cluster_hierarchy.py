@@ -5,13 +5,13 @@
 HOG features of Fashion-MNIST in their 64 leading directions, expanded by noise (`features` of index_auto.py), fp16 in
 parts of 2^18. `sslscale cluster` with `method=hierarchical`, then the best flat run that is affordable here: iterations
 over all rows that begin at the hierarchical centroids, where no start of its own could bring it, go past the means but
-for the last, and compare with near groups of clusters (see sslscale.cluster.lloyd). Its last SSE is exact.
+for the last, and compare with clusters nearby (see sslscale.cluster.lloyd). Its last SSE is exact.
 
 Distances a row: hierarchical at most so many (the parents' iterations as they were made, those of the splits as if none
 had ended before `max_iterations`, the starts, the joint iterations and the assignment). Of flat k-means two figures:
-what the run above would take if each of its passes compared with all clusters (it compares with near groups), without
-the hierarchical run that it begins with; and what a run from a start of its own takes by as many iterations as one
-level may have and the assignment, which was not made.
+what the run above would take if each of its passes compared with all clusters (it compares with clusters nearby),
+without the hierarchical run that it begins with; and what a run from a start of its own takes by as many iterations as
+one level may have and the assignment, which was not made.
 """
 
 from __future__ import annotations

@@ -50,11 +50,11 @@ CASES = {  # backbone, side of the images, global batch
 TRIED = [  # for the small ResNet, which stays below what is required
     "one reduction a BatchNorm and direction, of sums alone in the backward pass",
     "CPU ranks keep freed memory: no page faults in a step",
-    "larger batches: what a rank pays for views and launches does not grow with them, nor do the meetings",
+    "larger batches",
     "two passes less over the activations in the backward pass of gathered BatchNorm",
     "ranks keep to cores of their own (1.2 -> 1.4)",
     "sending and receiving instead of an all-reduce: slower where ranks compute in between",
-    "left: 38 meetings of about 1 ms through gloo in a step of .2 s; without them it would be about 1.6",
+    "left: 38 meetings of about 1 ms through gloo in a step of .2 s (reckoned without them: about 1.6)",
 ]
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast")
 

@@ -36,8 +36,8 @@ def keep_to_own_cores(threads: int) -> None:
     """Every thread of this process, of several on one machine as torch's launcher numbers them, keeps to its share.
 
     While one rank waits for another in a collective, its core is idle, and the system would let the other's threads
-    wander over to it and back: what has arrived then waits for a core that computes for somebody else. BatchNorm, which
-    waits in every layer, took 1.3 ms instead of .7. Processes beside this group still balance within the shares.
+    wander over to it and back: what has arrived then waits for a core that computes for somebody else, at every layer
+    with BatchNorm (benchmarks/two_ranks.py). Processes beside this group still balance within the shares.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if sys.platform != "linux" or ranks == 1:
