@@ -1,10 +1,11 @@
 """Throughput of the real training loop on two ranks against one, one thread each, at the same global batch.
 
 One rank and a group of two live side by side and take turns, `--steps` steps a turn; whoever waits sleeps. What a rank
-spends inside torch.distributed, waiting for the other one included, is its share of communication. The machine's own
-limit is printed beside it: how much faster two single-thread matrix products run side by side than one after the other.
-What else runs on the two cores strikes two ranks harder than one, and that limit as hard; processor seconds, which are
-printed too, are not struck by it.
+spends inside collectives, waiting for the other one included, is its share of communication. The machine's own limits
+stand beside it, measured in the same turns: what two separate runs reach that each train with half of the batch and
+never meet, since two cores share one memory; and how much faster two single-thread matrix products run side by side
+than one after the other. What else runs on the two cores strikes two ranks harder than one, and those limits as hard;
+processor seconds, which are printed too, are not struck by it.
 
 Three cases: a ViT, whose step is nearly all matrix products; a ResNet-18, whose every BatchNorm layer meets the other
 rank twice a step; and the small ResNet of configs/fashion_mnist.yaml, whose whole step is short beside those meetings.
@@ -31,6 +32,7 @@ from common import interleave, write_result
 
 from sslscale.config import PackConfig, RunConfig, load_config
 from sslscale.corpus import TOOLS
+from sslscale.models.collectives import Neighbours
 from sslscale.pretrain.loop import Trainer
 from sslscale.shards.write import run_pack
 
@@ -52,20 +54,23 @@ TRIED = [  # for the small ResNet, which stays below what is required
     "CPU ranks keep freed memory: no page faults in a step",
     "larger batches",
     "two passes less over the activations in the backward pass of gathered BatchNorm",
-    "ranks keep to cores of their own (1.2 -> 1.4)",
-    "sending and receiving instead of an all-reduce: slower where ranks compute in between",
-    "left: 38 meetings of about 1 ms through gloo in a step of .2 s (reckoned without them: about 1.6)",
+    "ranks keep to cores of their own (1.2 -> 1.4 on an Intel Xeon)",
+    "gloo's send and receive instead of its all-reduce: slower where ranks compute in between",
+    "small exchanges through sockets of our own (1.1 -> 1.3 on an AMD EPYC, where separate runs reach 1.5 to 1.7)",
+    "left, of 25 ms a step beside separate runs: 17 in BatchNorm (waiting for the slower rank, and passes over the "
+    "activations that torch fuses where the sums are one rank's own), 5 in DeepSpeed's collectives through gloo",
 ]
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast")
 
 
-def configure(case: str, arguments: argparse.Namespace, data: Path) -> RunConfig:
+def configure(case: str, arguments: argparse.Namespace, data: Path, share: int = 1) -> RunConfig:
+    """The case's config, with its batch or one of `share` equal parts of it."""
     backbone, size, batch = CASES[case]
     return load_config(
         str(ROOT / "configs" / "quickstart.yaml"),
         [
             *(f"datasets.train={data}", "pretrain.epochs=null", "pretrain.steps=1000000", "pretrain.probe=null"),
-            *(f"pretrain.global_batch={batch}", f"pretrain.views.size={size}", f"pretrain.load_size={size}"),
+            *(f"pretrain.global_batch={batch // share}", f"pretrain.views.size={size}", f"pretrain.load_size={size}"),
             *(f"pretrain.zero_stage={arguments.zero_stage}", f"pretrain.precision={arguments.precision}"),
             *("pretrain.threads=1", "pretrain.num_streams=4", "pretrain.evaluate_samples=64"),
             *(f"pretrain.backbone={backbone}", "pretrain.objective={name: simclr}"),
@@ -80,6 +85,7 @@ class Clock:
         self.seconds, self.calls = 0.0, 0
         for name in COLLECTIVES:
             setattr(dist, name, self._timed(getattr(dist, name)))
+        Neighbours.sum = self._timed(Neighbours.sum)  # type: ignore[method-assign]
 
     def _timed(self, collective: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -98,8 +104,8 @@ def serve(connection: Connection, rank: int, world_size: int, folder: str, confi
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}  # as launchers do
     clock = Clock()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world_size}", rank=rank, world_size=world_size)
-    trainer = Trainer(Path(folder) / str(world_size) / "pretrain", RunConfig(**config), TOOLS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    trainer = Trainer(Path(folder) / "pretrain", RunConfig(**config), TOOLS)
     with trainer._loader() as loader:
         batches = iter(loader)
         connection.send(())
@@ -116,7 +122,8 @@ class Group:
     """Ranks that train together when they are told to."""
 
     def __init__(self, world_size: int, folder: str, config: RunConfig) -> None:
-        (Path(folder) / str(world_size) / "pretrain").mkdir(parents=True)
+        folder = tempfile.mkdtemp(dir=folder)
+        (Path(folder) / "pretrain").mkdir()
         context = multiprocessing.get_context("spawn")
         pipes = [context.Pipe() for _ in range(world_size)]
         self.connections = [ours for ours, _ in pipes]
@@ -132,9 +139,11 @@ class Group:
         self.inside: list[float] = []  # a turn: seconds inside collectives, of the rank that waits least
         self.processor: list[float] = []  # a turn: processor seconds of all ranks
 
-    def run(self, steps: int) -> None:
+    def start(self, steps: int) -> None:
         for connection in self.connections:
             connection.send(steps)
+
+    def wait(self) -> None:
         inside, calls, processor = zip(*[connection.recv() for connection in self.connections], strict=True)
         self.calls = calls[0]
         self.inside.append(min(inside))
@@ -166,18 +175,26 @@ def side_by_side(repeats: int) -> float:
 def compare(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run_pack(PackConfig(source="digits", output=f"{folder}/data", workers=1))
-        config = configure(case, arguments, Path(folder) / "data" / "train")
-        one, two = Group(1, folder, config), Group(2, folder, config)
-        seconds = interleave(
-            {"one": lambda: one.run(arguments.steps), "two": lambda: two.run(arguments.steps)}, arguments.repeats
-        )
-        one.close()
-        two.close()
+        configs = [configure(case, arguments, Path(folder) / "data" / "train", share) for share in (1, 2)]
+        one, two = (Group(ranks, folder, configs[0]) for ranks in (1, 2))
+        halves = [Group(1, folder, configs[1]) for _ in range(2)]
+
+        def turn(*groups: Group) -> None:
+            for group in groups:
+                group.start(arguments.steps)
+            for group in groups:
+                group.wait()
+
+        turns = {"one": lambda: turn(one), "two": lambda: turn(two), "separate": lambda: turn(*halves)}
+        seconds = interleave(turns, arguments.repeats)
+        for group in (one, two, *halves):
+            group.close()
     samples = arguments.steps * CASES[case][2]
     return {
         "global_batch": CASES[case][2],
         "samples_per_second": {name: samples / value for name, value in seconds.items()},
         "ratio": seconds["one"] / seconds["two"],
+        "ratio_of_two_separate_runs": seconds["one"] / seconds["separate"],
         "share_of_communication": statistics.median(two.inside[1:]) / seconds["two"],
         "collectives_a_step": two.calls / arguments.steps,
         "processor_seconds_a_step": {

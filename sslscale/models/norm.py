@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslscale.models.collectives import world_size
+from sslscale.models.collectives import all_reduce, world_size
 
 
 class _GatheredBatchNorm(torch.autograd.Function):
@@ -28,7 +27,7 @@ class _GatheredBatchNorm(torch.autograd.Function):
         local_mean, local_var = (moment.double() for moment in torch.batch_norm_update_stats(x, zeros, ones, 0.0))
         # ranks hold equally many samples, so the global moments are plain means over ranks
         moments = torch.stack([local_mean, local_var + local_mean.square()])  # in double: a difference is taken of them
-        dist.all_reduce(moments)
+        all_reduce(moments)
         mean, square = (moments / world_size()).unbind()
         var = (square - mean.square()).clamp_(min=0.0).to(weight.dtype)
         mean = mean.to(weight.dtype)
@@ -44,7 +43,7 @@ class _GatheredBatchNorm(torch.autograd.Function):
             gradient, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
         sums = torch.stack([grad_bias, grad_weight])
-        dist.all_reduce(sums)
+        all_reduce(sums)
         count = x.numel() // x.shape[1] * world_size()
         scale = weight * torch.rsqrt(var + ctx.eps)
         slope, offset = -scale * sums[1] / count, -scale * sums[0] / count  # of what is not g, over x'

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslscale.config import PretrainConfig
 from sslscale.errors import StageError, UserError
+from sslscale.models.collectives import all_reduce
 from sslscale.objectives.base import Objective
 from sslscale.pretrain.optimizer import build_optimizer, set_schedules
 from sslscale.views.base import Batch
@@ -157,7 +158,7 @@ class Engine:
                 self._engine.step()  # not yet at the boundary: DeepSpeed only counts
         names = sorted(sums)
         packed = torch.stack([sums[name] for name in names] + [self._bad.new_tensor(float(stop)), self._bad])
-        dist.all_reduce(packed)
+        all_reduce(packed)
         values = (packed / self.world_size).tolist()
         finite = values[-1] == 0.0
         self._optimizer.skip = not finite

@@ -28,6 +28,7 @@ from sslscale import storage
 from sslscale.config import PretrainConfig, RunConfig
 from sslscale.errors import StageError
 from sslscale.models.base import Encoder
+from sslscale.models.collectives import connect_neighbours
 from sslscale.models.export import build_backbone, copy_backbone
 from sslscale.models.initial import load_weights
 from sslscale.objectives import build_objective
@@ -100,6 +101,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
             keep_to_own_cores(self.config.threads)
+            connect_neighbours()
         self.shards = open_shards(config.datasets[self.config.dataset], ShardCache.of(config), config.limit)
         self.total_steps = self._total_steps()
         torch.manual_seed(config.seed)  # the same initial weights on every rank

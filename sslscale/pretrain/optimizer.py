@@ -6,13 +6,12 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.models import group_parameters
 from torch import nn
 
 from sslscale.config import OptimizerConfig
 from sslscale.errors import UserError
-from sslscale.models.collectives import world_size
+from sslscale.models.collectives import all_reduce, world_size
 
 
 class _Skippable:
@@ -66,7 +65,7 @@ class _LARS(torch.optim.Optimizer):
     def _trust(weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         squares = torch.stack([weight.square().sum(), gradient.square().sum()])
         if world_size() > 1:
-            dist.all_reduce(squares)
+            all_reduce(squares)
         w, g = squares.sqrt()
         trust = group["trust_coefficient"] * w / (g + group["weight_decay"] * w + 1e-8)
         return torch.where((w > 0) & (g > 0), trust, 1.0)
