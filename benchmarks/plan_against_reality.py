@@ -3,7 +3,8 @@
     python benchmarks/plan_against_reality.py
 
 Each config is planned, then trained by `sslscale pretrain --runtime local`; memory is the most anonymous memory
-(RssAnon) of a rank above what its imports take. Planned over real: memory within 20%, time within 30%.
+(RssAnon) of a rank above what its imports take. Planned over real: memory within 20%, time within 30%. Plans and runs
+take turns, `--repeats` of each, and medians are compared: a run of some seconds is short beside what a machine does.
 
 `plan` measures as many ranks as the machine has devices for: two here, so this is how it is used. `from_one_rank` is
 the same by a short run of one rank and the formulas of plan/model.py alone, which is all that there is for the numbers
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -98,9 +100,33 @@ def train(arguments: list[str], run: Path) -> tuple[dict[str, Any], int]:
     return json.loads((run / "pretrain" / "result.json").read_text()), max(peaks.values())
 
 
+def compare(plans: dict[str, list[Any]], runs: list[tuple[float, float]]) -> dict[str, Any]:
+    """Medians of what was planned in each way and of the runs' (bytes, seconds); and what is beside what."""
+    real_bytes, real_seconds = map(statistics.median, zip(*runs, strict=True))
+    row: dict[str, Any] = {"real": {"mib": _mib(real_bytes), "seconds": round(real_seconds, 2)}}
+    row["real"]["seconds_of_each"] = [round(seconds, 2) for _, seconds in runs]
+    for way, made in plans.items():
+        memory = statistics.median(plan.memory_by_zero_stage[plan.zero_stage].total for plan in made)
+        seconds = statistics.median(plan.seconds for plan in made)
+        row[way] = {
+            "ranks_measured": made[0].measured.ranks,
+            "mib": _mib(memory),
+            "seconds": round(seconds, 2),
+            "seconds_of_each": [round(plan.seconds, 2) for plan in made],
+            "memory_ratio": round(memory / real_bytes, 3),
+            "time_ratio": round(seconds / real_seconds, 3),
+        }
+    return row
+
+
+def _mib(count: float) -> float:
+    return round(count / 2**20, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--probe-steps", type=int, default=12)
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     options = parser.parse_args()
@@ -116,25 +142,20 @@ def main() -> None:
             config = load_config(file, overrides)
             assert config.pack is not None
             run_pack(config.pack)
-            plans = {
-                "planned": run_plan(config, machine, probe_steps=options.probe_steps),
-                "from_one_rank": run_plan(config, machine, probe_steps=options.probe_steps, probe_ranks=1),
-            }
-            result, peak = train(["-c", file, *overrides], Path(folder, name))
-            real_bytes, real_seconds = peak - baseline, result["seconds"]
-            rows[name] = {"real": {"mib": round(real_bytes / 2**20, 1), "seconds": round(real_seconds, 2)}}
-            for way, plan in plans.items():
-                planned = plan.memory_by_zero_stage[plan.zero_stage].total
-                rows[name][way] = {
-                    "ranks_measured": plan.measured.ranks,
-                    "mib": round(planned / 2**20, 1),
-                    "seconds": round(plan.seconds, 2),
-                    "memory_ratio": round(planned / real_bytes, 3),
-                    "time_ratio": round(plan.seconds / real_seconds, 3),
-                }
+            ways: dict[str, dict[str, Any]] = {"planned": {}, "from_one_rank": {"probe_ranks": 1}}
+            plans: dict[str, list[Any]] = {way: [] for way in ways}
+            runs = []
+            for repeat in range(options.repeats):
+                for way, ranks in ways.items():
+                    plans[way].append(run_plan(config, machine, probe_steps=options.probe_steps, **ranks))
+                result, peak = train(["-c", file, *overrides], Path(folder, name, str(repeat)))
+                runs.append((peak - baseline, result["seconds"]))
+            rows[name] = compare(plans, runs)
             print(name, rows[name], flush=True)
     limits = {"import_baseline_mib": round(baseline / 2**20, 1), "all_reduce_gb_per_second": round(link / 1e9, 3)}
-    write_result("plan-against-reality", {"steps": options.steps, **limits, "configs": rows})
+    write_result(
+        "plan-against-reality", {"steps": options.steps, "repeats": options.repeats, **limits, "configs": rows}
+    )
 
 
 if __name__ == "__main__":
