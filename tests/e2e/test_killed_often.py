@@ -141,6 +141,9 @@ def killed(data, tmp_path_factory):
     kills = [kill_rank] * 8 + [kill_driver] * 2
     draw.shuffle(kills)
     run.start()
+    run.wait_for((run.folder / "hung").exists)  # no step is made in the seconds that the second process takes to start
+    refused = subprocess.run(run.command(), capture_output=True, text=True, env=run.environment())
+    run.log.append(f"a second process: {refused.returncode}, {refused.stderr}")
     furthest = 0
     for number, kill in enumerate(kills):
         furthest = max(furthest, run.step()) + draw.randint(1, 9)
@@ -151,8 +154,6 @@ def killed(data, tmp_path_factory):
             time.sleep(draw.uniform(0, 0.2))
         run.log.append(f"{kill.__name__} at step {run.step()}{', in a save' if run.saving() else ''}")
         kill(run, draw)
-    refused = subprocess.run(run.command(), capture_output=True, text=True, env=run.environment())
-    run.log.append(f"a second process: {refused.returncode}, {refused.stderr}")
     furthest = max(furthest, run.step()) + 1
     run.wait_for_step(furthest)
     run.process.send_signal(signal.SIGTERM)
@@ -187,13 +188,18 @@ def test_a_second_process_is_refused(killed):
 
 
 def test_sigterm_saves_first(killed):
-    line = next(line for line in killed.log if line.startswith("SIGTERM"))
-    step = int(line.partition("at step ")[2].partition(",")[0])
+    line, step = _stop(killed)
     assert line == f"SIGTERM: 143 at step {step}, step-{step:08d}"
 
 
+def _stop(killed: Run) -> tuple[str, int]:
+    line = next(line for line in killed.log if line.startswith("SIGTERM"))
+    return line, int(line.partition("at step ")[2].partition(",")[0])
+
+
 def test_checkpoints_are_kept_for_ever_and_the_newest(killed):
-    assert killed.checkpoints() == ["step-00000040", "step-00000080", "step-00000115", "step-00000120"]
+    *_, before_last, last = sorted({*range(0, STEPS + 1, EVERY), _stop(killed)[1]})
+    assert killed.checkpoints() == [f"step-{step:08d}" for step in (40, 80, before_last, last)]
     names = [path.name for path in (killed.stage / "checkpoints").iterdir() if not path.name.startswith(".")]
     assert sorted(names) == killed.checkpoints()
 
