@@ -50,7 +50,7 @@ from sslscale.cluster.measures import label_measures
 from sslscale.config import load_config
 from sslscale.features import open_features, sample_positions
 from sslscale.features.distance import prepare
-from sslscale.rundir import RunDir
+from sslscale.rundir import RunDir, read_json
 from sslscale.shards.dataset import open_shards
 from sslscale.shards.write import run_pack
 
@@ -154,6 +154,8 @@ def measure(row: Row, seed: int, data: Path, run: Path | None, start: Path | Non
     if row.trained:
         trained = results["pretrain"]
         found |= {**trained["measures"], "seconds": trained["seconds"], "epochs": trained["epochs"]}
+    if start is not None:  # a lost start is trained again, on whatever machine, and takes another time
+        found["start_seconds"] = read_json(start / "pretrain" / "result.json")["seconds"]
     return found
 
 

@@ -81,7 +81,9 @@ def _seconds(own: Mapping[int, Line], starts: Mapping[int, Line] | None, budget:
     if starts is None:
         totals = list(values.values())
     else:
-        totals = [value + starts[seed]["seconds"] for seed, value in values.items() if seed in starts]
+        begun = {seed: line["seconds"] for seed, line in starts.items()}  # of lines that do not say what theirs took
+        begun |= {seed: line["start_seconds"] for seed, line in own.items() if "start_seconds" in line}
+        totals = [value + begun[seed] for seed, value in values.items() if seed in begun]
     total = statistics.mean(totals) if totals else None
     return {
         "seconds": statistics.mean(values.values()) if values else None,

@@ -76,9 +76,12 @@ def test_a_run_in_a_kept_folder_can_go_on_and_starts_from_the_folder_of_its_star
     monkeypatch.setattr(quality_regimes, "run_verb", run_verb)
     monkeypatch.setattr(quality_regimes, "located", lambda config, data: ["pack=null"])
     monkeypatch.setattr(quality_regimes, "test_row", lambda run: {"test_nmi": 0.4})
+    (tmp_path / "start" / "pretrain").mkdir(parents=True)
+    (tmp_path / "start" / "pretrain" / "result.json").write_text('{"seconds": 50.0}')
     rows = quality_regimes.rows_of("digits")
     found = quality_regimes.measure(rows["iic"], 3, tmp_path, tmp_path / "run", tmp_path / "start")
     assert (found["nmi"], found["test_nmi"], found["seconds"], found["rankme"]) == (0.5, 0.4, 60.0, 9.0)
+    assert found["start_seconds"] == 50.0
     assert given["seed"] == "3" and given["pretrain.init_from"] == str(tmp_path / "start")
     assert int(given["pretrain.checkpoint_every"]) <= 200 and int(given["pretrain.collapse.evaluations"]) > 1000
     given.clear()
@@ -152,7 +155,7 @@ def rows():
     lines = [line("start", seed, 0.5, 60.0) for seed in range(3)]
     lines += [line("alone", seed, 0.6) for seed in range(3)]
     lines += [line("joint_scan", seed, 0.6 + 0.1 * (seed + 1), 80.0) for seed in range(3)]
-    lines += [line("experts", seed, 0.7, 20.0, **bits(0.3, float(seed == 2))) for seed in range(2)]
+    lines += [line("experts", seed, 0.7, 20.0, start_seconds=50.0, **bits(0.3, float(seed == 2))) for seed in range(2)]
     lines += [line("experts_init", seed, 0.4, 1.0, **bits(9.0)) for seed in range(3)]
     lines += [{**line("pixels", 0, 0.3), "seconds": None}]
     followers = {"joint_scan", "experts", "experts_init"}
@@ -162,6 +165,7 @@ def rows():
 
 def test_seconds_are_those_of_both_halves(rows):
     assert rows["joint_scan"]["seconds"] == 80 and rows["joint_scan"]["total_seconds"] == 140
+    assert rows["experts"]["total_seconds"] == 70  # its start was another one, lost since
     assert rows["joint_scan"]["budget_share"] == pytest.approx(140 / 120)
     assert rows["alone"]["total_seconds"] == rows["alone"]["seconds"] == 100
     assert rows["pixels"]["total_seconds"] is None and rows["pixels"]["budget_share"] is None
