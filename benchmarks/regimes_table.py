@@ -67,10 +67,18 @@ def table(
             bases["initial"] = by_recipe.get(initial[recipe], {})
         for base, theirs in bases.items():
             for column in COMPARED:
-                pairs = [own[seed][column] - theirs[seed][column] for seed in own if seed in theirs]
+                paired = [
+                    seed for seed in own if seed in theirs and (base != START or _begun_by(own[seed], theirs[seed]))
+                ]
+                pairs = [own[seed][column] - theirs[seed][column] for seed in paired]
                 row[f"{column}_above_{base}"] = interval(pairs, comparisons) if pairs else None
         rows.append(row)
     return rows
+
+
+def _begun_by(line: Line, start: Line) -> bool:
+    """Whether a row's start is this one, and not one that was lost and trained again: no two take the same time."""
+    return line.get("start_seconds", start["seconds"]) == start["seconds"]
 
 
 def _seconds(own: Mapping[int, Line], starts: Mapping[int, Line] | None, budget: float) -> dict[str, Any]:

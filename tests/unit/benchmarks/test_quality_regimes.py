@@ -179,6 +179,7 @@ def test_differences_are_paired_by_seed_and_corrected_for_the_number_of_rows(row
     # two rows go on from start; the initialisation of one of them is no row of its own
     assert difference["corrected_half"] == pytest.approx(student.ppf(1 - 0.025 / 2, 2) * scale)
     assert rows["joint_scan"]["nmi_above_start"]["mean"] == pytest.approx(0.3)
+    assert rows["experts"]["nmi_above_start"] is None  # theirs was another one
     assert rows["pixels"]["nmi_above_alone"]["half"] is None
 
 
