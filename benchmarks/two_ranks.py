@@ -56,9 +56,8 @@ TRIED = [  # for the small ResNet, which stays below what is required
     "two passes less over the activations in the backward pass of gathered BatchNorm",
     "ranks keep to cores of their own (1.2 -> 1.4 on an Intel Xeon)",
     "gloo's send and receive instead of its all-reduce: slower where ranks compute in between",
-    "small exchanges through sockets of our own (1.1 -> 1.3 on an AMD EPYC, where separate runs reach 1.5 to 1.7)",
-    "left, of 25 ms a step beside separate runs: 17 in BatchNorm (waiting for the slower rank, and passes over the "
-    "activations that torch fuses where the sums are one rank's own), 5 in DeepSpeed's collectives through gloo",
+    "small exchanges through sockets of our own (1.1 -> 1.4 on an AMD EPYC)",
+    "left: waiting for the slower rank at every BatchNorm, and DeepSpeed's own collectives through gloo",
 ]
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast")
 

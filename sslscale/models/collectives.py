@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 import tempfile
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -33,9 +34,9 @@ _SMALL = 1 << 20  # bytes, over all ranks; with more, a ring's smaller share for
 class Neighbours:
     """Unix sockets from every rank to rank 0, for ranks that are all on one machine.
 
-    gloo takes one to two milliseconds for the few sums of a BatchNorm layer, since each of its calls is handed from
-    thread to thread on a core that computes; here the rank itself writes and reads (benchmarks/two_ranks.py). A rank
-    that is lost closes its socket, and the others raise at once; one that hangs is for their watchdog.
+    gloo hands each of its calls from thread to thread, on a core that computes, which for the few sums of a BatchNorm
+    layer is most of what they take; here the rank itself writes and reads (benchmarks/two_ranks.py). A rank that is
+    lost closes its socket, and the others raise at once; one that hangs is for their watchdog.
     """
 
     def __init__(self, peers: list[socket.socket]) -> None:
@@ -64,6 +65,10 @@ class Neighbours:
             dist.all_gather_object(reached, path != [""])
             if not all(reached):
                 door.close()
+                if rank() == 0:
+                    warnings.warn(
+                        "ranks of this machine share no /tmp: they exchange through gloo, slower", stacklevel=2
+                    )
                 return None
             if rank() > 0:
                 return cls([door])
