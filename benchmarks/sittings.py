@@ -23,6 +23,7 @@ from sslscale.config import load_config
 from sslscale.errors import EXIT_SIGTERM
 from sslscale.provenance import provenance
 from sslscale.rundir import hash_json, read_lines
+from sslscale.runtime.device import multiplies_bf16, pick_device
 from sslscale.storage import write_atomic
 
 CODE = 1
@@ -95,9 +96,15 @@ def exit_on_sigterm() -> None:
 
 
 def recipe_hash(config: Path, *more: Any) -> str:
-    """Of what a config and its base say, of CODE, and of whatever else the row depends on (JSON values)."""
+    """Of what a config and its base say, of CODE, and of whatever else the row depends on (JSON values).
+
+    `precision: auto` counts as what it is here, so that no table has rows in bf16 beside rows in fp32.
+    """
     recipe = yaml.safe_load(config.read_text())
     base = yaml.safe_load((config.parent / recipe["base"]).read_text()) if "base" in recipe else None
+    for said in (recipe, base or {}):
+        if said.get("pretrain", {}).get("precision") == "auto":
+            said["pretrain"]["precision"] = "bf16" if multiplies_bf16(pick_device("auto")) else "fp32"
     return hash_json([CODE, recipe, base, *more])
 
 

@@ -39,6 +39,7 @@ from sslscale.corpus import TOOLS
 from sslscale.models.export import build_backbone
 from sslscale.objectives import OBJECTIVES, build_objective
 from sslscale.objectives.base import Objective
+from sslscale.pretrain.engine import agreed_precision
 from sslscale.pretrain.loop import FITTED, Trainer
 from sslscale.pretrain.stage import fit_backbone
 from sslscale.rundir import hash_json
@@ -232,11 +233,12 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=sorted(OBJECTIVES), choices=sorted(OBJECTIVES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--runs", type=Path, default=RESULTS / "train-step-runs.jsonl")
     arguments = parser.parse_args()
     exit_on_sigterm()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    arguments.precision = agreed_precision(arguments.precision, torch.device("cpu"))
     runs, machine, hashes = Runs(arguments.runs), hardware(), {}
     with tempfile.TemporaryDirectory() as temporary:
         for objective in sorted(OBJECTIVES):

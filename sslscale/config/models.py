@@ -142,7 +142,7 @@ class PretrainConfig(StageConfig):
     shuffle_block: Positive = Field(16384, description="samples shuffled together within a stream")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("fp32", description="auto: bf16 where all ranks have it")
     activation_checkpointing: Annotated[bool, not_identity] = Field(
         False, description="keep the inputs of the backbone's blocks only, and compute the rest again in the backward"
     )

@@ -23,6 +23,7 @@ from sslscale.errors import StageError, UserError
 from sslscale.models.collectives import all_reduce
 from sslscale.objectives.base import Objective
 from sslscale.pretrain.optimizer import build_optimizer, set_schedules
+from sslscale.runtime.device import multiplies_bf16
 from sslscale.views.base import Batch
 
 SHARDED, UNIVERSAL = "deepspeed", "universal"
@@ -67,6 +68,24 @@ def accumulation(config: PretrainConfig, world_size: int, whole: str | None) -> 
     return share // passes, passes
 
 
+def agreed_precision(asked: str, device: torch.device) -> str:
+    """`asked`, or for "auto" what is fast on every rank: bf16 or fp32. All ranks call it."""
+    if asked not in ("auto", "bf16"):
+        return asked
+    able = torch.tensor(float(multiplies_bf16(device)), device=device)
+    all_reduce(able)
+    everywhere = bool(able == dist.get_world_size())
+    if asked == "auto":
+        return "bf16" if everywhere else "fp32"
+    if not everywhere and dist.get_rank() == 0:
+        warnings.warn(
+            "pretrain.precision=bf16 is emulated where a device has no instructions for it, as a rank's has not: 10 "
+            "times slower than fp32, or worse; precision=auto takes bf16 only where it is fast",
+            stacklevel=2,
+        )
+    return asked
+
+
 class Engine:
     """One DeepSpeed engine and one optimizer. torch.distributed is up already; `device` is this rank's.
 
@@ -98,6 +117,7 @@ class Engine:
         self.versions = {"deepspeed": deepspeed.__version__, "torch": torch.__version__}
         self.config, self.total_steps, self.device = config, total_steps, device
         self.objective, self._universal = objective, universal
+        self.precision = agreed_precision(config.precision, device)
         self.world_size = dist.get_world_size()
         self.micro_batch, self.passes = accumulation(config, self.world_size, whole_batch(objective))
         self._optimizer = build_optimizer(objective, config.optimizer)
@@ -132,8 +152,8 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
         }
-        if config.precision != "fp32":
-            dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
+        if self.precision != "fp32":
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}[self.precision]
             settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
         return settings
 

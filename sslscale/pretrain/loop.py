@@ -379,6 +379,7 @@ class Trainer:
             "zero_stage": self.engine.zero_stage,
             "backend": dist.get_backend(),
             "device": str(self.device),
+            "precision": self.engine.precision,
             "versions": self._versions(),
             "objective": self.config.objective,
             "steps": state.step,
