@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from sslscale.runtime.device import multiplies_bf16
+
 RESULTS = Path(__file__).parent / "results"
 PART_ROWS = 2**18
 PACKAGES = (
@@ -113,6 +115,7 @@ def hardware() -> dict[str, Any]:
         "name": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
         "cpu": _cpu_model(),
         "cores": cores,
+        "bf16": multiplies_bf16(torch.device("cpu")),  # processors with and without it can have one name
         "gpus": gpus,
         "python": platform.python_version(),
         "packages": {package: version for package in PACKAGES if (version := _version(package))},

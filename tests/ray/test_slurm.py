@@ -96,7 +96,7 @@ def test_a_run_begins_when_every_node_has_joined(counting: dict[str, str], tmp_p
     ("others_first", "patience", "said"),
     [
         ("exit 1", 600, "error: Ray could not start on one of node-a node-b"),
-        ("sleep 120", 15, "error: not all of node-a node-b joined Ray at 127.0.0.1:"),
+        ("exec sleep 120", 15, "error: not all of node-a node-b joined Ray at 127.0.0.1:"),
     ],
 )
 def test_a_node_that_does_not_join_ends_the_job(
