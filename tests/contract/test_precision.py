@@ -64,6 +64,28 @@ def test_auto_is_what_the_device_is_fast_in(monkeypatch, one_rank, able):
     assert seen and all(enabled is able for enabled in seen)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_run_goes_on_where_there_is_no_bf16(monkeypatch, one_rank, tmp_path, zero_stage):
+    def made(able):
+        monkeypatch.setattr(engine, "multiplies_bf16", lambda device: able)
+        config = pretrain_config("rotation", precision="auto", zero_stage=zero_stage)
+        return engine.Engine(build("rotation"), config, 20, CPU)
+
+    def losses(trained, steps):
+        return [trained.step([batch(trained.objective, 0, GLOBAL_BATCH)], step).metrics["loss"] for step in steps]
+
+    begun = made(True)
+    first = losses(begun, range(15))[0]
+    assert begun.save(tmp_path) is None
+    expected = losses(begun, range(15, 20))
+    gone_on = made(False)
+    gone_on.load(tmp_path)
+    assert gone_on.precision == "fp32" and begun.precision == "bf16"
+    found = losses(gone_on, range(15, 20))
+    assert found == pytest.approx(expected, rel=0.01)
+    assert abs(found[0] - first) > 5 * abs(found[0] - expected[0])  # and not what an untrained network gives
+
+
 def test_bf16_that_is_asked_for_is_kept_and_said_to_be_slow(monkeypatch, one_rank):
     monkeypatch.setattr(engine, "multiplies_bf16", lambda device: False)
     with pytest.warns(UserWarning, match="precision=auto"):
