@@ -79,8 +79,8 @@ def agreed_precision(asked: str, device: torch.device) -> str:
         return "bf16" if everywhere else "fp32"
     if not everywhere and dist.get_rank() == 0:
         warnings.warn(
-            "pretrain.precision=bf16 is emulated where a device has no instructions for it, as a rank's has not: 10 "
-            "times slower than fp32, or worse; precision=auto takes bf16 only where it is fast",
+            "pretrain.precision=bf16 is emulated where a device has no instructions for it, as a rank's has not: many "
+            "times slower than fp32; precision=auto takes bf16 only where it is fast",
             stacklevel=2,
         )
     return asked

@@ -52,6 +52,8 @@ def _pretrain(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
         *([f"{_plural(result['bad_steps'], 'step')} skipped (not finite)"] if result["bad_steps"] else []),
     ]
     head = f"{_plural(result['steps'], 'step')} on {_plural(result['world_size'], 'rank')}, ZeRO {result['zero_stage']}"
+    if "precision" in result:  # not in results of before it could be "auto"
+        head += f", {result['precision']}"
     return [f"{head}: {'  '.join(parts)}" + _failed(result["failed"], f"{config.run}/pretrain")]
 
 

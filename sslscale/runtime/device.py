@@ -24,8 +24,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16. A processor without them emulates bf16: a convolution then takes 10
-    times, a linear layer 20 times as long as in fp32.
+    """Whether the device has instructions for bf16. A processor without them emulates it, many times slower than it
+    computes in fp32.
     """
     import torch
 

@@ -180,6 +180,7 @@ def write_training(run: RunDir) -> None:
     lines += [{"step": 500, "eval_rankme": 41.52, "eval_feature_std": 0.0493, "total_steps": 500}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = {"world_size": 2, "zero_stage": 1, "backend": "gloo", "device": "cpu", "versions": {"ray": "2.99"}}
+    result |= {"precision": "bf16"}
     result |= {"objective": {"name": "simclr"}, "steps": 500, "samples": 8000, "epochs": 12.5, "bad_steps": 1}
     result |= {"failed": 0, "seconds": 100.0, "samples_per_second": 80.0, "data_wait_share": 0.0123}
     write_json(path / "result.json", {**result, "measures": {"rankme": 41.52, "feature_std": 0.0493}})

@@ -13,7 +13,7 @@ def test_a_whole_run(make_run):
     run = made.run.path
     results = {**made.results(), "report": {"path": f"{run}/report/index.html"}}
     assert summary_lines(made.config, results) == [
-        "pretrain   500 steps on 2 ranks, ZeRO 1: "
+        "pretrain   500 steps on 2 ranks, ZeRO 1, bf16: "
         "80 samples/s  1.2% waiting for data  RankMe 41.5  feature std 0.0493  1 step skipped (not finite)",
         f"embed      19 features of train, 4 wide: 1,234 samples/s (1 failed, see {run}/embed/train/failed)",
         f"embed      9 features of test, 4 wide: 1,234 samples/s (1 failed, see {run}/embed/test/failed)",
