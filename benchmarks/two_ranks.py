@@ -50,14 +50,14 @@ CASES = {  # a config, and what is changed in it
     "fashion_mnist": ("fashion_mnist.yaml",),
     "quickstart": ("quickstart.yaml",),
 }
-TRIED = [  # for networks with BatchNorm, which stay below what is required; ratios are of an earlier, smaller ResNet
+TRIED = [  # for networks with BatchNorm, which stay below what is required
     "one reduction a BatchNorm and direction, of sums alone in the backward pass",
     "CPU ranks keep freed memory: no page faults in a step",
     "larger batches",
     "two passes less over the activations in the backward pass of gathered BatchNorm",
-    "ranks keep to cores of their own (1.2 -> 1.4 on an Intel Xeon)",
+    "ranks keep to cores of their own",
     "gloo's send and receive instead of its all-reduce: slower where ranks compute in between",
-    "small exchanges through sockets of our own (1.1 -> 1.4 on an AMD EPYC)",
+    "small exchanges through sockets of our own",
     "busy waiting for the other rank before the system's own: no difference beside the noise",
     "left: waiting for the slower rank at every BatchNorm, and DeepSpeed's own collectives through gloo",
 ]
