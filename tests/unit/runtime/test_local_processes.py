@@ -27,6 +27,10 @@ class Sleeper:
         time.sleep(item)
         return os.getpid()
 
+    def meet(self, item: str, broadcast: str) -> str:
+        _meet(Path(broadcast), item)
+        return str(os.getpid())
+
     def unpicklable(self, item: Any, broadcast: Any) -> Any:
         if item == "error":
             raise Unpicklable(lambda: None)
@@ -35,6 +39,14 @@ class Sleeper:
 
 class Unpicklable(Exception):
     pass
+
+
+def _meet(folder: Path, name: str) -> None:
+    """Leaves `name` in a folder and waits until two are there, so that both workers have an item, however slow."""
+    (folder / name).touch()
+    deadline = time.monotonic() + 120
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _hold_a_pool(folder: str) -> None:
@@ -51,10 +63,10 @@ def _gone(pids: list[int], seconds: float) -> bool:
     return False
 
 
-def test_workers_end_with_the_pool() -> None:
+def test_workers_end_with_the_pool(tmp_path: Path) -> None:
     pool: Pool
     with LocalRuntime().pool(Sleeper, {}, 2) as pool:
-        pids = {pid for _, pid in pool.map("sleep", [0.2] * 4)}
+        pids = {int(pid) for _, pid in pool.map("meet", ["one", "two"], str(tmp_path))}
         assert len(pids) == 2
         assert os.getpid() not in pids
     assert _gone(list(pids), 2)
@@ -94,24 +106,29 @@ def test_make_runtime_starts_nothing() -> None:
 
 
 class SeesGpu:
-    def see(self, item: int, broadcast: Any) -> str:
-        time.sleep(0.2)  # so that each worker gets an item
-        return os.environ["CUDA_VISIBLE_DEVICES"]
+    def see(self, item: int, broadcast: str) -> str:
+        """Waits until a worker of each GPU has an item: how long one takes to start says nothing."""
+        gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+        _meet(Path(broadcast), gpu)
+        return gpu
 
     def die_of(self, gpu: str, broadcast: str) -> str:
-        mark = Path(broadcast) / "died"
+        mark = Path(broadcast).parent / "died"
         if os.environ["CUDA_VISIBLE_DEVICES"] == gpu and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.see(0, None)
+        return self.see(0, broadcast)
 
 
 def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    after.mkdir()
     with LocalRuntime().pool(SeesGpu, {}, 4, Resources(gpus=1.0)) as pool:
-        assert {seen for _, seen in pool.map("see", range(4))} == {"3", "5"}
-        assert {seen for _, seen in pool.map("die_of", ["5"] * 4, str(tmp_path))} == {"3", "5"}
+        assert {seen for _, seen in pool.map("see", range(4), str(before))} == {"3", "5"}
+        assert {seen for _, seen in pool.map("die_of", ["5"] * 4, str(after))} == {"3", "5"}
     assert (tmp_path / "died").exists()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5"
 
