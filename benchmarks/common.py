@@ -35,8 +35,8 @@ PACKAGES = (
 )
 
 
-def interleave(runs: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
-    """Median seconds of each run; the runs take turns, so that what else the machine does strikes all alike.
+def take_turns(runs: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
+    """Seconds of each run, a turn: the runs take turns, so that what else the machine does strikes all alike.
 
     Every run is called once before, untimed.
     """
@@ -49,7 +49,21 @@ def interleave(runs: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Of what was measured in the same turn, sorted: a machine whose speed wanders from turn to turn moves both."""
+    return sorted(a / b for a, b in zip(over, under, strict=True))
+
+
+def interleave(runs: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
+    """Median seconds of each run; see `take_turns`."""
+    return medians(take_turns(runs, repeats))
 
 
 def matrix_rate(threads: int) -> float:

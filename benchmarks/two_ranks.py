@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import interleave, write_result
+from common import interleave, medians, ratios, take_turns, write_result
 
 from sslscale.config import PackConfig, RunConfig, load_config
 from sslscale.corpus import TOOLS
@@ -188,7 +188,7 @@ def compare(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 group.wait()
 
         turns = {"one": lambda: turn(one), "two": lambda: turn(two), "separate": lambda: turn(*halves)}
-        seconds = interleave(turns, arguments.repeats)
+        seconds = take_turns(turns, arguments.repeats)
         for group in (one, two, *halves):
             group.close()
     assert configs[0].pretrain is not None
@@ -196,10 +196,10 @@ def compare(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     samples = arguments.steps * batch
     return {
         "global_batch": batch,
-        "samples_per_second": {name: samples / value for name, value in seconds.items()},
-        "ratio": seconds["one"] / seconds["two"],
-        "ratio_of_two_separate_runs": seconds["one"] / seconds["separate"],
-        "share_of_communication": statistics.median(two.inside[1:]) / seconds["two"],
+        "samples_per_second": {name: samples / value for name, value in medians(seconds).items()},
+        "ratio": statistics.median(ratios(seconds["one"], seconds["two"])),
+        "ratio_of_two_separate_runs": statistics.median(ratios(seconds["one"], seconds["separate"])),
+        "share_of_communication": statistics.median(ratios(two.inside[1:], seconds["two"])),
         "collectives_a_step": two.calls / arguments.steps,
         "processor_seconds_a_step": {
             name: statistics.median(group.processor[1:]) / arguments.steps
