@@ -121,7 +121,7 @@ class Engine:
         self.world_size = dist.get_world_size()
         self.micro_batch, self.passes = accumulation(config, self.world_size, whole_batch(objective))
         self._optimizer = build_optimizer(objective, config.optimizer)
-        self._bad = torch.zeros((), device=device)
+        self._sums: list[Tensor] = []  # of this step's losses and gradients, one each
         # Hooks see a gradient before DeepSpeed reduces, partitions or frees it, at every stage.
         for parameter in objective.parameters():
             if parameter.requires_grad:
@@ -158,26 +158,27 @@ class Engine:
         return settings
 
     def _watch(self, gradient: Tensor) -> None:
-        # a sum is finite exactly when its terms are (up to overflow, which is as bad); times 0 keeps only NaN
-        self._bad += gradient.detach().sum().float() * 0.0
+        # a sum is finite exactly when its terms are (up to overflow, which is as bad)
+        self._sums.append(gradient.detach().sum(dtype=torch.float32))
 
     def step(self, batches: Sequence[Batch], step: int, stop: bool = False) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step, or none on any rank."""
         lr = set_schedules(self._engine.optimizer.param_groups, self.config.optimizer, step, self.total_steps)
         sums: dict[str, Tensor] = {}
-        self._bad.zero_()
+        self._sums.clear()
         before = [tensor.clone() for tensor in self._statistics]
         for batch in batches:
             metrics = self._engine(batch)
             loss = metrics["loss"]
-            self._bad += loss.detach().float() * 0.0
+            self._sums.append(loss.detach().float())
             self._engine.backward(loss)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float() / len(batches)
             if len(batches) > 1 and batch is not batches[-1]:
                 self._engine.step()  # not yet at the boundary: DeepSpeed only counts
         names = sorted(sums)
-        packed = torch.stack([sums[name] for name in names] + [self._bad.new_tensor(float(stop)), self._bad])
+        bad = (torch.stack(self._sums) * 0.0).sum()  # 0 or NaN
+        packed = torch.stack([sums[name] for name in names] + [bad.new_tensor(float(stop)), bad])
         all_reduce(packed)
         values = (packed / self.world_size).tolist()
         finite = values[-1] == 0.0

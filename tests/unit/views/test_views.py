@@ -10,7 +10,7 @@ from sslscale.config import AugmentConfig
 from sslscale.errors import UserError
 from sslscale.views.crops import Crops, multi_crop
 from sslscale.views.image import _crop_sides, augment, crop_at, jitter, rotate_quarter, to_float, warp
-from sslscale.views.keyed import KeyedRandom
+from sslscale.views.keyed import _GOLDEN, KeyedRandom, _mixed_by_torch, _signed, mix
 from sslscale.views.pretext import NEIGHBOUR_CELLS, PatchPair, Rotated
 
 EVERYTHING = AugmentConfig(
@@ -40,6 +40,17 @@ def keyed(ids, seed=0, epoch=0):
 
 def images(n, channels=3, size=16):
     return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def test_mixing_is_splitmix64s_by_numpy_and_by_torch():
+    seeds = torch.tensor([1234567, 1234567 + _signed(_GOLDEN)])  # the state before the first and the second number
+    published = [6457827717110365317, 3203168211198807973]  # by the generator's own C code
+    assert mix(seeds).tolist() == published
+    keys = torch.randint(-(2**63), 2**63 - 1, (3, 1), generator=torch.Generator().manual_seed(0)).expand(3, 5)
+    kept = keys.clone()
+    assert torch.equal(mix(keys), _mixed_by_torch(keys + _signed(_GOLDEN)))
+    assert torch.equal(keys, kept)
+    assert torch.equal(mix(keys[0, 0]), mix(keys)[0, 0]) and mix(keys[:0]).shape == (0, 5)
 
 
 def test_draws_depend_on_seed_epoch_sample_and_name_only():
