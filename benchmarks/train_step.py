@@ -69,7 +69,9 @@ class Recipe(NamedTuple):
 
 
 LONG = {"steps": 2}  # of steps that take seconds
+SHORT = {"steps": 8, "repeats": 21}  # of steps that take a quarter of one
 RECIPES = {
+    "context_prediction": Recipe("images/fashion_mnist/context_prediction.yaml", **SHORT),
     "colorization": Recipe("cifar10_colorization.yaml"),
     "joint": Recipe("regimes/fashion_mnist/joint_scan.yaml"),
     **{name: Recipe(f"regimes/fashion_mnist/joint_{name}.yaml", term=0) for name in ("idec", "scan", "temi")},
