@@ -28,6 +28,7 @@ from sslscale.views.base import Batch
 
 SHARDED, UNIVERSAL = "deepspeed", "universal"
 _SCALE = "loss_scale"
+_LARGEST_BUCKET = 500_000_000  # gradients that are reduced together
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,11 @@ class Engine:
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.passes,
             "gradient_clipping": config.optimizer.clip_norm,
-            "zero_optimization": {"stage": config.zero_stage, **_offload(config)},
+            "zero_optimization": {
+                "stage": config.zero_stage,
+                "reduce_bucket_size": _bucket_size(self.objective),
+                **_offload(config),
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
@@ -249,6 +254,15 @@ class Engine:
 
         with deepspeed.zero.GatheredParameters(list(self.objective.parameters())):
             return {name: value.detach().cpu().clone() for name, value in self.objective.state_dict().items()}
+
+
+def _bucket_size(objective: Objective) -> int:
+    """DeepSpeed's default, or all that is trained where that is less: from stage 1 on it allocates a bucket whole.
+
+    By default that is 2 GB in fp32, of a GPU's memory too, for a model of any size. What is reduced stays the same.
+    """
+    trained = sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+    return min(trained, _LARGEST_BUCKET)
 
 
 def _offload(config: PretrainConfig) -> dict[str, Any]:

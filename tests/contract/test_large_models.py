@@ -43,6 +43,12 @@ def test_offloading_and_recomputing_change_no_loss(zero_stage):
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_buckets_are_no_larger_than_what_is_trained(zero_stage):
+    trained = sum(parameter.numel() for parameter in build("mae").parameters() if parameter.requires_grad)
+    assert start("mae", zero_stage=zero_stage)._engine.optimizer.reduce_bucket_size == trained
+
+
 def test_blocks_are_computed_again_in_the_backward_pass():
     calls: dict[bool, int] = {}
     for checkpointing in (False, True):
