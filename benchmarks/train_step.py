@@ -3,11 +3,11 @@
 Ours: shard plan, tar reading, decoding, keyed views, DeepSpeed engine (ZeRO 1), schedule, metrics. Bare: a list of the
 same bytes in memory, the same decoder, the same views, the same loss, torch's AdamW; no tar, no engine, no resume.
 Both run in this process on the same threads and take turns of a few steps; a ratio is the median of the turns' ratios,
-since the speed of a shared machine wanders. What an objective prepares before
-its first step (neighbours, centroids, assignments) is computed once and given to both, and partners of samples are read
-by both; preparing itself is in no turn. The models and losses are those of the recipes: configs/images, regimes and
-one_class/fashion_mnist/ over 8,192 images of Fashion-MNIST (colorization, which needs colour, has
-configs/cifar10_colorization.yaml), configs/text/ over 8,192 glosses of WordNet, configs/video/ over 1,024 clips.
+since the speed of a shared machine wanders. What an objective prepares before its first step (neighbours, centroids,
+assignments) is computed once and given to both, and partners of samples are read by both; preparing itself is in no
+turn. The models and losses are those of the recipes: configs/images, regimes and one_class/fashion_mnist/ over 8,192
+images of Fashion-MNIST (colorization, which needs colour, has configs/cifar10_colorization.yaml), configs/text/ over
+8,192 glosses of WordNet, configs/video/ over 1,024 clips.
 An objective that has a recipe only as a term of `joint` is measured as that term alone.
 
 All objectives take one to one and a half hours of two cores. Each is one line of --runs, written as it is found: a

@@ -44,7 +44,7 @@ def _mixed_by_torch(x: Tensor) -> Tensor:
 
 
 def _mixed_by_numpy(x: Tensor) -> Tensor:
-    """The same in place, in a third of the time: of a few hundred numbers, most of that is what an operation costs."""
+    """The same in place: of a few hundred numbers, most of the time is what an operation costs, of torch's the most."""
     raw = x.numpy().reshape(-1).view(np.uint64)  # of one dimension, where numpy wraps without a warning
     for bits, factor in _ROUNDS:
         raw ^= raw >> bits
