@@ -1,6 +1,6 @@
 """Throughput of the real training loop on two ranks against one, one thread each, at the same global batch.
 
-One rank and a group of two live side by side and take turns, `--steps` steps a turn; whoever waits sleeps. What a rank
+One rank and a group of two live side by side and take turns of some seconds; whoever waits sleeps. What a rank
 spends inside collectives, waiting for the other one included, is its share of communication. The machine's own limits
 stand beside it, measured in the same turns: what two separate runs reach that each train with half of the batch and
 never meet, since two cores share one memory; and how much faster two single-thread matrix products run side by side
@@ -12,7 +12,7 @@ all matrix products, and the trainings of three configs with their own batches, 
 other rank twice a step: cifar10_context.yaml's ResNet-18, and the small ResNets of fashion_mnist.yaml and
 quickstart.yaml. All read digits, enlarged.
 
-    python benchmarks/two_ranks.py [--cases vit_tiny quickstart] [--steps 1] [--repeats 7] [--zero-stage 1]
+    python benchmarks/two_ranks.py [--cases vit_tiny quickstart] [--repeats 7] [--zero-stage 1]
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ from sslscale.pretrain.loop import Trainer
 from sslscale.shards.write import run_pack
 
 ROOT = Path(__file__).parents[1]
-CASES = {  # a config, and what is changed in it
+CASES = {  # steps of a turn, a config, and what is changed in it
     "vit_tiny": (
+        1,
         "quickstart.yaml",
         "pretrain.backbone={architecture: vit_tiny_patch16_224, channels: 1, stem: default,"
         " kwargs: {img_size: 32, patch_size: 4}}",
         *("pretrain.views.size=32", "pretrain.global_batch=64"),
     ),
-    "cifar10_context": ("cifar10_context.yaml",),
-    "fashion_mnist": ("fashion_mnist.yaml",),
-    "quickstart": ("quickstart.yaml",),
+    "cifar10_context": (1, "cifar10_context.yaml"),
+    "fashion_mnist": (4, "fashion_mnist.yaml"),
+    "quickstart": (10, "quickstart.yaml"),
 }
 TRIED = [  # for networks with BatchNorm, which stay below what is required
     "one reduction a BatchNorm and direction, of sums alone in the backward pass",
@@ -66,7 +67,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_sca
 
 def configure(case: str, arguments: argparse.Namespace, data: Path, share: int = 1) -> RunConfig:
     """The case's config, with its batch or one of `share` equal parts of it."""
-    name, *changes = CASES[case]
+    _, name, *changes = CASES[case]
     config = load_config(
         str(ROOT / "configs" / name),
         [
@@ -175,6 +176,7 @@ def side_by_side(repeats: int) -> float:
 
 
 def compare(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    steps = CASES[case][0]
     with tempfile.TemporaryDirectory() as folder:
         run_pack(PackConfig(source="digits", output=f"{folder}/data", workers=1))
         configs = [configure(case, arguments, Path(folder) / "data" / "train", share) for share in (1, 2)]
@@ -183,7 +185,7 @@ def compare(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
         def turn(*groups: Group) -> None:
             for group in groups:
-                group.start(arguments.steps)
+                group.start(steps)
             for group in groups:
                 group.wait()
 
@@ -193,17 +195,17 @@ def compare(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
             group.close()
     assert configs[0].pretrain is not None
     batch = configs[0].pretrain.global_batch
-    samples = arguments.steps * batch
+    samples = steps * batch
     return {
         "global_batch": batch,
+        "steps_a_turn": steps,
         "samples_per_second": {name: samples / value for name, value in medians(seconds).items()},
         "ratio": statistics.median(ratios(seconds["one"], seconds["two"])),
         "ratio_of_two_separate_runs": statistics.median(ratios(seconds["one"], seconds["separate"])),
         "share_of_communication": statistics.median(ratios(two.inside[1:], seconds["two"])),
-        "collectives_a_step": two.calls / arguments.steps,
+        "collectives_a_step": two.calls / steps,
         "processor_seconds_a_step": {
-            name: statistics.median(group.processor[1:]) / arguments.steps
-            for name, group in (("one", one), ("two", two))
+            name: statistics.median(group.processor[1:]) / steps for name, group in (("one", one), ("two", two))
         },
     }
 
@@ -211,7 +213,6 @@ def compare(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--steps", type=int, default=1, help="steps a turn")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
