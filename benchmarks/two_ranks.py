@@ -7,10 +7,10 @@ never meet, since two cores share one memory; and how much faster two single-thr
 than one after the other. What else runs on the two cores strikes two ranks harder than one, and those limits as hard;
 processor seconds, which are printed too, are not struck by it.
 
-Four cases, from more to less computing between two meetings of the ranks: a ViT-Tiny of 32 pixels, whose step is nearly
-all matrix products, and the trainings of three configs with their own batches, whose every BatchNorm layer meets the
-other rank twice a step: cifar10_context.yaml's ResNet-18, and the small ResNets of fashion_mnist.yaml and
-quickstart.yaml. All read digits, enlarged.
+From more to less computing between two meetings of the ranks: a ViT-Tiny of 32 pixels, whose step is nearly all matrix
+products, and the trainings of three configs with their own batches, whose every BatchNorm layer meets the other rank
+twice a step: cifar10_context.yaml's ResNet-18, and the small ResNets of fashion_mnist.yaml and quickstart.yaml. These
+three once more with batch_norm: stream, where no layer meets. All read digits, enlarged.
 
     python benchmarks/two_ranks.py [--cases vit_tiny quickstart] [--repeats 7] [--zero-stage 1]
 """
@@ -39,6 +39,7 @@ from sslscale.pretrain.loop import Trainer
 from sslscale.shards.write import run_pack
 
 ROOT = Path(__file__).parents[1]
+BY_STREAM = "pretrain.batch_norm=stream"
 CASES = {  # steps of a turn, a config, and what is changed in it
     "vit_tiny": (
         1,
@@ -50,6 +51,9 @@ CASES = {  # steps of a turn, a config, and what is changed in it
     "cifar10_context": (1, "cifar10_context.yaml"),
     "fashion_mnist": (4, "fashion_mnist.yaml"),
     "quickstart": (10, "quickstart.yaml"),
+    "cifar10_context_by_stream": (1, "cifar10_context.yaml", BY_STREAM),
+    "fashion_mnist_by_stream": (4, "fashion_mnist.yaml", BY_STREAM),
+    "quickstart_by_stream": (10, "quickstart.yaml", BY_STREAM),
 }
 TRIED = [  # for networks with BatchNorm, which stay below what is required
     "one reduction a BatchNorm and direction, of sums alone in the backward pass",

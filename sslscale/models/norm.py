@@ -1,6 +1,14 @@
-"""BatchNorm with statistics over all ranks, on any device (torch's SyncBatchNorm refuses CPU tensors)."""
+"""BatchNorm that gives the same on any number of ranks, with statistics of one of two kinds.
+
+global   of the global batch, for which the ranks meet twice a layer, on any device (torch's SyncBatchNorm refuses CPU
+         tensors)
+stream   of each stream's rows in a pass, without meeting: ghost batches (Hoffer et al. 2017,
+         https://arxiv.org/abs/1705.08741) that the shard plan draws, since a stream is always whole on one rank
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +16,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sslscale.errors import UserError
 from sslscale.models.collectives import all_reduce, world_size
 
 
@@ -63,9 +72,13 @@ class _Gathered:
 
     alone = False
     """Whether statistics are of this rank's samples: where all ranks have the same ones."""
+    stream_rows = 0
+    """How many samples a pass has of a stream, where statistics are of those; 0: of the global batch."""
 
     def _normalise(self, x: Tensor) -> Tensor:
         module: nn.BatchNorm2d = self  # type: ignore[assignment]
+        if module.training and self.stream_rows and not self.alone:
+            return self._by_stream(x)
         if not module.training or self.alone or world_size() == 1:
             batch_stats = module.training
             if batch_stats and module.num_batches_tracked is not None:
@@ -89,6 +102,34 @@ class _Gathered:
             module.running_mean.lerp_(mean.to(module.running_mean.dtype), module.momentum or 0.0)
             module.running_var.lerp_((var * count / (count - 1)).to(module.running_var.dtype), module.momentum or 0.0)
         return y
+
+    def _by_stream(self, x: Tensor) -> Tensor:
+        """Each `stream_rows` rows by themselves. A pass holds whole streams, in their order, whatever number of rows
+        an objective makes of a sample: so these are the same rows on any number of ranks.
+
+        The running moments move by the mean over this rank's; whoever steps takes the mean over ranks.
+        """
+        module: nn.BatchNorm2d = self  # type: ignore[assignment]
+        assert module.running_mean is not None and module.running_var is not None
+        assert module.num_batches_tracked is not None
+        if len(x) % self.stream_rows:
+            raise UserError(
+                "batch_norm=stream normalises as many rows of every sample, and here are rows of some samples only",
+                got=f"{len(x)} rows, with {self.stream_rows} samples of a stream",
+                fix="set pretrain.batch_norm: global for this objective",
+            )
+        parts = x.split(self.stream_rows)
+        means = module.running_mean.new_zeros(len(parts), len(module.running_mean))
+        variances = torch.ones_like(means)
+        normalised = [
+            F.batch_norm(part, mean, var, module.weight, module.bias, True, 1.0, module.eps)  # writes both moments
+            for part, mean, var in zip(parts, means, variances, strict=True)
+        ]
+        with torch.no_grad():
+            module.num_batches_tracked.add_(1)
+            module.running_mean.lerp_(means.mean(dim=0), module.momentum or 0.0)
+            module.running_var.lerp_(variances.mean(dim=0), module.momentum or 0.0)
+        return torch.cat(normalised) if len(normalised) > 1 else normalised[0]
 
 
 class GatheredBatchNorm1d(_Gathered, nn.BatchNorm1d):
@@ -119,10 +160,21 @@ _GATHERED: dict[type, type] = {
 }
 
 
-def statistics(module: nn.Module) -> list[Tensor]:
-    """What a forward pass in training mode writes: the running moments of every BatchNorm in `module`."""
-    found = (child for child in module.modules() if isinstance(child, _BatchNorm))
-    return [buffer for child in found for buffer in child.buffers(recurse=False)]
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Every BatchNorm in `module`."""
+    return [child for child in module.modules() if isinstance(child, _BatchNorm)]
+
+
+def statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """What a forward pass in training mode writes: the running moments of BatchNorm modules."""
+    return [buffer for module in modules for buffer in module.buffers(recurse=False)]
+
+
+def normalise_by_stream(modules: Iterable[nn.Module], rows: int) -> None:
+    """Gives BatchNorm modules the statistics of each stream's `rows` samples in a pass."""
+    for module in modules:
+        if isinstance(module, _Gathered):
+            module.stream_rows = rows
 
 
 def gather_batch_norm(module: nn.Module) -> nn.Module:

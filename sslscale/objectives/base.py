@@ -18,7 +18,7 @@ from sslscale.models.base import Encoder
 from sslscale.models.collectives import all_gather
 from sslscale.models.drop_path import draw_from
 from sslscale.models.image import Backbone
-from sslscale.models.norm import statistics
+from sslscale.models.norm import batch_norms
 from sslscale.views.base import Batch, ViewSpec
 from sslscale.views.keyed import KeyedRandom
 
@@ -145,9 +145,9 @@ class Objective(nn.Module):
     def after_step(self, progress: float) -> None:
         """Updates slow state after a step; `progress` runs from 0 to 1. Never writes a trained parameter."""
 
-    def statistics(self) -> list[Tensor]:
-        """The slow state that `forward` writes by itself: it is put back where a step is not applied."""
-        return statistics(self)
+    def batch_norms(self) -> list[nn.Module]:
+        """Those whose running moments, slow state that `forward` writes, are put back where a step is not applied."""
+        return batch_norms(self)
 
     def slow_state(self) -> dict[str, Any]:
         """Everything that is not trained and must survive a restart; equal on every rank."""

@@ -137,9 +137,9 @@ class Joint(Objective):
         for term in self.parts:
             term.after_step(progress)
 
-    def statistics(self) -> list[Tensor]:
-        found = [*super().statistics(), *(tensor for term in self.parts for tensor in term.statistics())]
-        return list({id(tensor): tensor for tensor in found}.values())
+    def batch_norms(self) -> list[nn.Module]:
+        found = [*super().batch_norms(), *(module for term in self.parts for module in term.batch_norms())]
+        return list(dict.fromkeys(found))
 
     def slow_state(self) -> dict[str, Any]:
         own = {name: value for name, value in super().slow_state().items() if not name.startswith("terms.")}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslscale.models.norm import gather_batch_norm, statistics
+from sslscale.models.norm import batch_norms, gather_batch_norm
 from sslscale.objectives.base import Objective
 
 
@@ -75,8 +75,8 @@ class TeacherObjective(Objective):
     def after_step(self, progress: float) -> None:
         self.teacher.update(progress)
 
-    def statistics(self) -> list[Tensor]:
-        return [*super().statistics(), *statistics(self.teacher.network)]
+    def batch_norms(self) -> list[nn.Module]:
+        return [*super().batch_norms(), *batch_norms(self.teacher.network)]
 
     def slow_state(self) -> dict[str, Any]:
         return {**super().slow_state(), "teacher": self.teacher.state()}

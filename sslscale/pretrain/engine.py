@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslscale.config import PretrainConfig
 from sslscale.errors import StageError, UserError
 from sslscale.models.collectives import all_reduce
+from sslscale.models.norm import batch_norms, normalise_by_stream, statistics
 from sslscale.objectives.base import Objective
 from sslscale.pretrain.optimizer import build_optimizer, set_schedules
 from sslscale.runtime.device import multiplies_bf16
@@ -42,12 +42,12 @@ class StepResult:
     """Some rank was asked to stop; every rank learns it at the same step."""
 
 
-def whole_batch(objective: Objective) -> str | None:
+def whole_batch(objective: Objective, config: PretrainConfig) -> str | None:
     """Why a batch of this objective must not be split; None where it may be."""
     if objective.needs_whole_batch:
         return "compares all samples of a batch"
-    if any(isinstance(module, _BatchNorm) and module.training for module in objective.modules()):
-        return "trains BatchNorm, which normalises by all samples of a batch"
+    if config.batch_norm == "global" and any(module.training for module in batch_norms(objective)):
+        return "trains BatchNorm, which normalises by all samples of a batch (not with batch_norm=stream)"
     return None
 
 
@@ -57,8 +57,16 @@ def accumulation(config: PretrainConfig, world_size: int, whole: str | None) -> 
     `whole` is what `whole_batch` says. UserError where the batch would have to be split and must not be.
     """
     share = config.global_batch // world_size
+    unit = config.global_batch // config.num_streams if config.batch_norm == "stream" else 1  # that no pass splits
     limit = config.micro_batch or share
-    passes = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= limit)
+    if limit < unit:
+        raise UserError(
+            "with batch_norm=stream a pass holds a stream's whole share of the batch",
+            got=f"micro_batch={limit}, global_batch={config.global_batch} of {config.num_streams} streams",
+            allowed=f"micro_batch >= {unit}",
+            fix="raise pretrain.micro_batch or num_streams",
+        )
+    passes = next(n for n in range(1, share + 1) if share % (n * unit) == 0 and share // n <= limit)
     if passes > 1 and whole is not None:
         raise UserError(
             f"the objective {config.objective.get('name')!r} {whole}, so it cannot accumulate",
@@ -120,7 +128,10 @@ class Engine:
         self.objective, self._universal = objective, universal
         self.precision = agreed_precision(config.precision, device)
         self.world_size = dist.get_world_size()
-        self.micro_batch, self.passes = accumulation(config, self.world_size, whole_batch(objective))
+        self.micro_batch, self.passes = accumulation(config, self.world_size, whole_batch(objective, config))
+        self._by_stream = config.batch_norm == "stream"
+        if self._by_stream:
+            normalise_by_stream(objective.batch_norms(), config.global_batch // config.num_streams)
         self._optimizer = build_optimizer(objective, config.optimizer)
         self._sums: list[Tensor] = []  # of this step's losses and gradients, one each
         # Hooks see a gradient before DeepSpeed reduces, partitions or frees it, at every stage.
@@ -135,7 +146,7 @@ class Engine:
         )
         self._engine.checkpoint_engine.save = self._write
         self._engine._copy_recovery_script = lambda folder: None  # scripts that `backbone/` spares a reader
-        self._statistics = objective.statistics()  # now, since DeepSpeed may have moved them
+        self._statistics = statistics(objective.batch_norms())  # now, since DeepSpeed may have moved them
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._bad_in_a_row = 0
         self.bad_steps = 0
@@ -172,11 +183,16 @@ class Engine:
         sums: dict[str, Tensor] = {}
         self._sums.clear()
         before = [tensor.clone() for tensor in self._statistics]
+        moved: list[Tensor] = []  # a pass: the moments that it leaves
         for batch in batches:
+            if self._by_stream:
+                self._set_statistics(before)
             metrics = self._engine(batch)
             loss = metrics["loss"]
             self._sums.append(loss.detach().float())
             self._engine.backward(loss)
+            if self._by_stream:
+                moved.append(self._moments())
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float() / len(batches)
             if len(batches) > 1 and batch is not batches[-1]:
@@ -184,18 +200,38 @@ class Engine:
         names = sorted(sums)
         bad = (torch.stack(self._sums) * 0.0).sum()  # 0 or NaN
         packed = torch.stack([sums[name] for name in names] + [bad.new_tensor(float(stop)), bad])
+        count = len(packed)
+        if moved:  # each pass began with the same: the mean over passes and ranks is one move by the mean over streams
+            packed = torch.cat([packed, torch.stack(moved).mean(dim=0)])
         all_reduce(packed)
-        values = (packed / self.world_size).tolist()
+        packed = packed / self.world_size
+        values = packed[:count].tolist()
+        if moved:
+            self._set_moments(packed[count:])
         finite = values[-1] == 0.0
         self._optimizer.skip = not finite
         scale = self._loss_scale()
         self._engine.step()
         seeks_scale = math.isfinite(values[names.index("loss")]) and 1.0 <= self._loss_scale() < scale
         if not finite:
-            for tensor, value in zip(self._statistics, before, strict=True):
-                tensor.copy_(value)
+            self._set_statistics(before)
         self._count(finite, values[names.index("loss")], step, seeks_scale)
         return StepResult({**dict(zip(names, values, strict=False)), "lr": lr}, applied=finite, stop=values[-2] > 0)
+
+    def _set_statistics(self, values: Sequence[Tensor]) -> None:
+        for tensor, value in zip(self._statistics, values, strict=True):
+            tensor.copy_(value)
+
+    def _moments(self) -> Tensor:
+        """The running means and variances, one after the other, without the counts of batches."""
+        moments = [tensor.flatten().float() for tensor in self._statistics if tensor.is_floating_point()]
+        return torch.cat(moments) if moments else torch.empty(0, device=self.device)
+
+    def _set_moments(self, values: Tensor) -> None:
+        """The inverse of `_moments`."""
+        moments = [tensor for tensor in self._statistics if tensor.is_floating_point()]
+        for tensor, value in zip(moments, values.split([tensor.numel() for tensor in moments]), strict=True):
+            tensor.copy_(value.view_as(tensor))
 
     @property
     def _scaler(self) -> Any:

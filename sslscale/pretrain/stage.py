@@ -128,7 +128,7 @@ def check_settings(config: RunConfig) -> Objective:
             backbone.checkpoint_activations()
         objective = build_objective(config.pretrain.objective, backbone, config.pretrain.views)
     for world_size in config.pretrain.world_sizes:
-        accumulation(config.pretrain, world_size, whole_batch(objective))
+        accumulation(config.pretrain, world_size, whole_batch(objective, config.pretrain))
     if config.pretrain.zero_stage > objective.max_zero_stage:
         raise UserError(
             f"the objective {config.pretrain.objective['name']!r} reads whole parameters after every step",

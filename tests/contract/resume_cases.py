@@ -35,6 +35,10 @@ CASES: dict[str, list[str]] = {
         "pretrain.zero_stage=1",
     ],
     "teacher-zero-2": ["pretrain.objective={name: byol, hidden_dim: 32, output_dim: 16}", "pretrain.zero_stage=2"],
+    "stream-zero-1": [  # BatchNorm of each stream's samples, and so passes of some streams
+        "pretrain.objective={name: byol, hidden_dim: 32, output_dim: 16}",
+        *("pretrain.batch_norm=stream", "pretrain.micro_batch=8", "pretrain.zero_stage=1"),
+    ],
     "partners-zero-1": [  # a sum that stays away from 0, where relative errors say nothing, and a rate without chaos
         "pretrain.objective={name: joint, terms: [{objective: {name: scan, num_clusters: 5, num_heads: 2, "
         "num_neighbours: 5, refresh_epochs: 5, self_label_share: 0.3, confidence: 0.3}}, "

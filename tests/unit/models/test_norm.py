@@ -1,11 +1,14 @@
-"""BatchNorm over ranks, with one: what torch gives. Two ranks are in tests/contract/test_objective_contract.py."""
+"""BatchNorm over ranks, with one: what torch gives. Several ranks are in tests/contract, test_objective_contract.py for
+the global batch's statistics and test_resume.py for each stream's.
+"""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from sslscale.models.norm import _GatheredBatchNorm
+from sslscale.errors import UserError
+from sslscale.models.norm import _GatheredBatchNorm, gather_batch_norm, normalise_by_stream
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,3 +39,22 @@ def test_output_and_gradients_are_torchs(dtype, tolerance, shape, offset):
         assert own.dtype == expected.dtype
         own, expected = own.float(), expected.float()
         assert (own - expected).norm() <= tolerance * expected.norm()
+
+
+def test_by_stream_each_block_of_rows_is_normalised_by_itself():
+    layer = gather_batch_norm(torch.nn.BatchNorm2d(3, momentum=0.2))
+    normalise_by_stream([layer], 8)
+    blocks = [torch.randn(8, 3, 5, 5) + offset for offset in (0.0, 5.0)]
+    x = torch.cat(blocks).to(memory_format=torch.channels_last)
+    y = layer(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    expected = [F.batch_norm(block, None, None, layer.weight, layer.bias, training=True) for block in blocks]
+    torch.testing.assert_close(y, torch.cat(expected))
+    means = torch.stack([block.mean(dim=(0, 2, 3)) for block in blocks])
+    variances = torch.stack([block.var(dim=(0, 2, 3)) for block in blocks])
+    torch.testing.assert_close(layer.running_mean, 0.2 * means.mean(dim=0))
+    torch.testing.assert_close(layer.running_var, 0.8 + 0.2 * variances.mean(dim=0))
+    assert layer.num_batches_tracked == 1
+    assert torch.equal(layer.eval()(x[:3]), layer(x)[:3])  # evaluation takes any number of rows
+    with pytest.raises(UserError, match="rows of some samples"):
+        layer.train()(x[:3])

@@ -68,10 +68,20 @@ def test_batch_norm_needs_the_whole_batch():
             ("simclr", {"architecture": "vit_tiny_patch16_224", "kwargs": vit}),
         ]
     ]
-    reasons = [whole_batch(objective) for objective in objectives]
+    config = PretrainConfig()
+    reasons = [whole_batch(objective, config) for objective in objectives]
     assert "BatchNorm" in reasons[0] and reasons[1] is None and "compares" in reasons[2]
+    assert whole_batch(objectives[0], PretrainConfig(batch_norm="stream")) is None
     objectives[0].backbone.freeze()
-    assert whole_batch(objectives[0]) is None
+    assert whole_batch(objectives[0], config) is None
+
+
+@pytest.mark.parametrize(("world", "micro", "expected"), [(1, None, (64, 1)), (1, 30, (16, 4)), (4, 20, (16, 1))])
+def test_by_stream_a_pass_holds_whole_streams(world, micro, expected):
+    config = PretrainConfig(global_batch=64, num_streams=8, num_workers=1, micro_batch=micro, batch_norm="stream")
+    assert accumulation(config, world, None) == expected
+    with pytest.raises(UserError, match="whole share"):
+        accumulation(config.model_copy(update={"micro_batch": 7}), world, None)
 
 
 def test_an_objective_that_needs_the_whole_batch_refuses_to_accumulate():
