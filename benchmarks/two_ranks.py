@@ -64,7 +64,7 @@ TRIED = [  # for networks with BatchNorm, which stay below what is required
     "gloo's send and receive instead of its all-reduce: slower where ranks compute in between",
     "small exchanges through sockets of our own",
     "busy waiting for the other rank before the system's own: no difference beside the noise",
-    "batch_norm: stream, where no layer meets: the cases by stream",
+    "batch_norm: stream, where no layer meets (the cases by stream)",
     "left: two cores that share a memory (see two separate runs), and DeepSpeed's own collectives through gloo",
 ]
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast")

@@ -136,11 +136,11 @@ class PretrainConfig(StageConfig):
     steps: int | None = Field(None, ge=1, description="instead of epochs")
     global_batch: Positive = 256
     micro_batch: Annotated[int | None, not_identity] = Field(
-        None, ge=1, description="largest pass of a rank; none: all"
+        None, ge=1, description="largest batch of one pass on one rank; none: no accumulation"
     )
     num_streams: Positive = Field(8, description="streams of the shard plan; belongs to the run, not to the cluster")
     shuffle_block: Positive = Field(16384, description="samples shuffled together within a stream")
-    batch_norm: Literal["global", "stream"] = Field("global", description="whose samples its statistics are of")
+    batch_norm: Literal["global", "stream"] = Field("global", description="statistics over all ranks, or by stream")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("fp32", description="auto: bf16 where all ranks have it")

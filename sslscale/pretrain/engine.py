@@ -185,7 +185,7 @@ class Engine:
         before = [tensor.clone() for tensor in self._statistics]
         moved: list[Tensor] = []  # a pass: the moments that it leaves
         for batch in batches:
-            if self._by_stream:
+            if moved:
                 self._set_statistics(before)
             metrics = self._engine(batch)
             loss = metrics["loss"]

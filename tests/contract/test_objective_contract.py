@@ -21,6 +21,7 @@ from objective_cases import (
 )
 
 from sslscale.config import BackboneConfig, FramesConfig
+from sslscale.models.norm import statistics
 from sslscale.objectives import find_objective
 from sslscale.objectives.teacher import TeacherObjective
 from sslscale.pretrain.engine import Engine
@@ -100,6 +101,22 @@ def test_two_ranks_give_the_gradient_of_one(name, two_rank_gradients):
     scale = max(gradient.norm() for gradient in ours.values())
     for key, gradient in ours.items():
         assert (theirs[key] - gradient).norm() < 1e-6 * max(gradient.norm(), 1e-6 * scale), key
+
+
+def test_by_stream_the_running_moments_move_once_a_step_in_however_many_passes():
+    def after_a_step(passes):
+        objective, share = build("byol"), GLOBAL_BATCH // passes
+        settings = {"batch_norm": "stream", "num_streams": 4, "num_workers": 1, "micro_batch": share}
+        engine = Engine(objective, pretrain_config("byol", **settings), 10, torch.device("cpu"))
+        parts = [batch(objective, start, start + share) for start in range(0, GLOBAL_BATCH, share)]
+        assert engine.passes == passes and engine.step(parts, 0).applied
+        return statistics(objective.batch_norms())
+
+    untouched = statistics(build("byol").batch_norms())
+    whole, cut = after_a_step(1), after_a_step(4)
+    assert len(whole) == len(untouched) and not any(map(torch.equal, whole, untouched))
+    for expected, found in zip(whole, cut, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
