@@ -138,6 +138,8 @@ def _neighbours_for(x: Tensor) -> Neighbours | None:
 
 def all_reduce(x: Tensor) -> None:
     """Sums `x` over ranks, in place."""
+    if world_size() == 1:
+        return
     if neighbours := _neighbours_for(x):
         neighbours.sum(x)
     else:

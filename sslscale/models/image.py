@@ -87,7 +87,7 @@ class Backbone(Encoder):
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> what the model sees, in the fast layout of convolutions."""
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return channels_last((images - self.mean) / self.std)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check_views(images)
@@ -155,6 +155,16 @@ class Backbone(Encoder):
             return x.mean(dim=(2, 3))
         tokens = self.tokens(inputs)  # (B, P + N, D)
         return tokens[:, 0] if output == "cls" else tokens[:, self.vit.num_prefix_tokens :].mean(dim=1)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(B, C, H, W) in the layout that convolutions are fast in.
+
+    The strides of one channel fit either layout, and torch takes the other: every map of the network would follow.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = x.shape
+    return x.as_strided(x.shape, (channels * height * width, 1, channels * width, channels))
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

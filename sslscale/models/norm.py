@@ -19,6 +19,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sslscale.errors import UserError
 from sslscale.models.collectives import all_reduce, world_size
 
+_BLOCK = 4096  # values of a channel that are added up in single precision
+
+
+def _blocks(x: Tensor, stream_rows: int) -> tuple[Tensor, ...]:
+    """Rows whose sums are taken by themselves: of one stream each, the same ones on any number of ranks.
+
+    torch's CPU kernels add up the values of a channel one by one in single precision. Over all rows of a pass, which
+    are others on other numbers of ranks, that would round more than all else that a step does, and otherwise. A GPU's
+    kernels add up by trees.
+    """
+    if x.device.type != "cpu":
+        return (x,)
+    most = max(1, _BLOCK // max(1, x.shape[2:].numel()))
+    return x.split(max(rows for rows in range(1, most + 1) if stream_rows % rows == 0) if stream_rows else most)
+
 
 class _GatheredBatchNorm(torch.autograd.Function):
     """Normalises by the mean and variance of the global batch; the two sums that cross ranks are all-reduced.
@@ -27,44 +42,58 @@ class _GatheredBatchNorm(torch.autograd.Function):
     dL/dx = weight / std * (g - sum(g) / N - x' sum(g x') / N)   (Ioffe & Szegedy 2015, section 3).
     Every pass over x or g is one of torch's own batch norm kernels, which read any layout and half precision at full
     speed; of the two that are fused in torch (moments and output, sums and gradient) only the first halves are wanted
-    before the ranks have met.
+    before blocks of rows are added up, in double precision, and the ranks have met.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float, stream_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)  # of weight's dtype: so are the moments then
-        local_mean, local_var = (moment.double() for moment in torch.batch_norm_update_stats(x, zeros, ones, 0.0))
-        # ranks hold equally many samples, so the global moments are plain means over ranks
-        moments = torch.stack([local_mean, local_var + local_mean.square()])  # in double: a difference is taken of them
+        blocks = _blocks(x, stream_rows)
+        means, variances = zip(
+            *[torch.batch_norm_update_stats(block, zeros, ones, 0.0) for block in blocks], strict=True
+        )
+        local = torch.stack([torch.stack(means), torch.stack(variances)]).double()  # a difference is taken of them
+        local[1] += local[0].square()
+        rows = torch.tensor([len(block) for block in blocks], dtype=local.dtype, device=x.device)
+        moments = torch.einsum("mbc,b->mc", local, rows / len(x))
         all_reduce(moments)
+        # ranks hold equally many samples, so the global moments are plain means over ranks
         mean, square = (moments / world_size()).unbind()
         var = (square - mean.square()).clamp_(min=0.0).to(weight.dtype)
         mean = mean.to(weight.dtype)
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps = eps
+        ctx.eps, ctx.stream_rows = eps, stream_rows
         ctx.mark_non_differentiable(mean, var)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
     def backward(ctx, gradient: Tensor, *_: Tensor):
         x, weight, mean, var = ctx.saved_tensors
-        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(  # sum(g x') and sum(g) over this rank
-            gradient, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
-        )
-        sums = torch.stack([grad_bias, grad_weight])
+        parts = [  # sum(g x') and sum(g) of each block
+            torch.stack(
+                torch.ops.aten.native_batch_norm_backward(
+                    own, block, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+                )[1:]
+            )
+            for block, own in zip(*(_blocks(whole, ctx.stream_rows) for whole in (x, gradient)), strict=True)
+        ]
+        sums = torch.stack(parts).sum(dim=0, dtype=torch.float64)
+        grad_weight, grad_bias = sums.to(weight.dtype, copy=True)  # of this rank; then over all
         all_reduce(sums)
-        count = x.numel() // x.shape[1] * world_size()
+        sums /= x.numel() // x.shape[1] * world_size()
         scale = weight * torch.rsqrt(var + ctx.eps)
-        slope, offset = -scale * sums[1] / count, -scale * sums[0] / count  # of what is not g, over x'
+        slope, offset = -scale * sums.to(weight.dtype)  # of what is not g, over x'
         zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
         if gradient.dtype != weight.dtype:  # addcmul_ would copy both maps to weight's precision
             own = F.batch_norm(gradient, zeros, ones, scale, zeros, training=False, eps=0.0)
             rest = F.batch_norm(x, mean, var, slope, offset, training=False, eps=ctx.eps)
-            return own.add_(rest), grad_weight, grad_bias, None
+            return own.add_(rest), grad_weight, grad_bias, None, None
         slope = slope * torch.rsqrt(var + ctx.eps)  # over x
         own = F.batch_norm(gradient, zeros, ones, scale, offset - slope * mean, training=False, eps=0.0)
         own.addcmul_(x, slope.view(-1, *[1] * (x.dim() - 2)))
-        return own, grad_weight, grad_bias, None
+        return own, grad_weight, grad_bias, None, None
 
 
 class _Gathered:
@@ -73,15 +102,17 @@ class _Gathered:
     alone = False
     """Whether statistics are of this rank's samples: where all ranks have the same ones."""
     stream_rows = 0
-    """How many samples a pass has of a stream, where statistics are of those; 0: of the global batch."""
+    """How many samples a pass has of a stream; 0: not known."""
+    by_stream = False
+    """Whether statistics are of each stream's samples, not of the global batch."""
 
     def _normalise(self, x: Tensor) -> Tensor:
         module: nn.BatchNorm2d = self  # type: ignore[assignment]
-        if module.training and self.stream_rows and not self.alone:
+        if module.training and self.by_stream and not self.alone:
             return self._by_stream(x)
-        if not module.training or self.alone or world_size() == 1:
-            batch_stats = module.training
-            if batch_stats and module.num_batches_tracked is not None:
+        if not module.training or self.alone or (world_size() == 1 and x.device.type != "cpu"):
+            batch_stats = module.training or module.running_mean is None
+            if module.training and module.num_batches_tracked is not None:
                 module.num_batches_tracked.add_(1)
             return F.batch_norm(
                 x,
@@ -93,14 +124,25 @@ class _Gathered:
                 module.momentum or 0.0,
                 module.eps,
             )
-        assert module.running_mean is not None and module.running_var is not None
-        assert module.num_batches_tracked is not None
-        y, mean, var = _GatheredBatchNorm.apply(x, module.weight, module.bias, module.eps)
-        with torch.no_grad():
-            count = x.numel() // x.shape[1] * world_size()
-            module.num_batches_tracked.add_(1)
-            module.running_mean.lerp_(mean.to(module.running_mean.dtype), module.momentum or 0.0)
-            module.running_var.lerp_((var * count / (count - 1)).to(module.running_var.dtype), module.momentum or 0.0)
+        count = x.numel() // x.shape[1] * world_size()
+        if count < 2:
+            raise UserError(
+                "BatchNorm needs more than one value of every channel to train",
+                got=f"a global batch of shape {tuple(x.shape)}",
+                fix="raise pretrain.global_batch",
+            )
+        weight, bias = module.weight, module.bias
+        if weight is None:
+            weight = torch.ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            bias = torch.zeros_like(weight)
+        y, mean, var = _GatheredBatchNorm.apply(x, weight, bias, module.eps, self.stream_rows)
+        if module.running_mean is not None and module.running_var is not None:
+            assert module.num_batches_tracked is not None
+            with torch.no_grad():
+                module.num_batches_tracked.add_(1)
+                momentum = module.momentum or 0.0
+                module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
+                module.running_var.lerp_((var * count / (count - 1)).to(module.running_var.dtype), momentum)
         return y
 
     def _by_stream(self, x: Tensor) -> Tensor:
@@ -170,11 +212,11 @@ def statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
     return [buffer for module in modules for buffer in module.buffers(recurse=False)]
 
 
-def normalise_by_stream(modules: Iterable[nn.Module], rows: int) -> None:
-    """Gives BatchNorm modules the statistics of each stream's `rows` samples in a pass."""
+def follow_streams(modules: Iterable[nn.Module], rows: int, by_stream: bool) -> None:
+    """Tells BatchNorm modules how many samples a pass has of a stream, and whether each is normalised by itself."""
     for module in modules:
         if isinstance(module, _Gathered):
-            module.stream_rows = rows
+            module.stream_rows, module.by_stream = rows, by_stream
 
 
 def gather_batch_norm(module: nn.Module) -> nn.Module:

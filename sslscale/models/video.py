@@ -18,7 +18,7 @@ from sslscale.errors import UserError
 from sslscale.models.base import Encoder
 from sslscale.models.drop_path import key_drops
 from sslscale.models.huggingface import transformers_library, without_attention_dropout
-from sslscale.models.image import Backbone, channel_values
+from sslscale.models.image import Backbone, channel_values, channels_last
 from sslscale.shards.video import ClipReader
 from sslscale.views.keyed import KeyedRandom
 from sslscale.views.video import augment_clip
@@ -86,7 +86,7 @@ class FramesBackbone(Backbone):
     def normalise(self, images: Tensor) -> Tensor:
         frames = images.unflatten(1, (-1, self.config.channels))  # (B, W, C, H, W)
         normalised = super().normalise(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        return normalised.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+        return channels_last(normalised.flatten(1, 2))
 
     def windows(self, clips: Tensor) -> Tensor:
         """(B, T, C, H, W) -> (B, S, W C, H, W)."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from sslscale.config import PretrainConfig
 from sslscale.errors import StageError, UserError
 from sslscale.models.collectives import all_reduce
-from sslscale.models.norm import batch_norms, normalise_by_stream, statistics
+from sslscale.models.norm import batch_norms, follow_streams, statistics
 from sslscale.objectives.base import Objective
 from sslscale.pretrain.optimizer import build_optimizer, set_schedules
 from sslscale.runtime.device import multiplies_bf16
@@ -130,8 +130,7 @@ class Engine:
         self.world_size = dist.get_world_size()
         self.micro_batch, self.passes = accumulation(config, self.world_size, whole_batch(objective, config))
         self._by_stream = config.batch_norm == "stream"
-        if self._by_stream:
-            normalise_by_stream(objective.batch_norms(), config.global_batch // config.num_streams)
+        follow_streams(objective.batch_norms(), config.global_batch // config.num_streams, self._by_stream)
         self._optimizer = build_optimizer(objective, config.optimizer)
         self._sums: list[Tensor] = []  # of this step's losses and gradients, one each
         # Hooks see a gradient before DeepSpeed reduces, partitions or frees it, at every stage.

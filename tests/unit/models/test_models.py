@@ -76,6 +76,17 @@ def test_a_backbone_that_cannot_be_built_says_why(changes, message):
         Backbone(SMALL.model_copy(update=changes))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_map_of_a_network_is_in_the_layout_that_convolutions_are_fast_in(channels):
+    backbone = Backbone(SMALL.model_copy(update={"channels": channels})).eval()
+    layouts = {}
+    for name, module in backbone.model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, __, y, name=name: layouts.update({name: y.stride(1)}))
+    backbone(torch.rand(2, channels, 16, 16))
+    assert layouts and set(layouts.values()) == {1}
+
+
 def test_pixels_are_the_image():
     images = torch.rand(2, 3, 4, 4)
     pixels = Pixels(3, 4)

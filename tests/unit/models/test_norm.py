@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from sslscale.errors import UserError
-from sslscale.models.norm import _GatheredBatchNorm, gather_batch_norm, normalise_by_stream
+from sslscale.models.norm import _blocks, _GatheredBatchNorm, follow_streams, gather_batch_norm
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +33,7 @@ def test_output_and_gradients_are_torchs(dtype, tolerance, shape, offset):
         y.backward(gradient)
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 
-    ours = passes(lambda *leaves: _GatheredBatchNorm.apply(*leaves, 1e-5)[0])
+    ours = passes(lambda *leaves: _GatheredBatchNorm.apply(*leaves, 1e-5, 0)[0])
     theirs = passes(lambda x, weight, bias: F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-5))
     for own, expected in zip(ours, theirs, strict=True):
         assert own.dtype == expected.dtype
@@ -41,9 +41,54 @@ def test_output_and_gradients_are_torchs(dtype, tolerance, shape, offset):
         assert (own - expected).norm() <= tolerance * expected.norm()
 
 
+def test_large_maps_are_added_up_in_double_precision():
+    """In the fast layout torch's kernel adds up one by one, and is off by ten times as much."""
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(64, 4, 32, 32, generator=generator) for _ in range(2))
+    weight, bias = torch.ones(4), torch.zeros(4)
+
+    def moments_and_gradient(dtype):
+        leaf = x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+        y, *moments = _GatheredBatchNorm.apply(leaf, weight.to(dtype), bias.to(dtype), 1e-5, 8)
+        y.backward(gradient.to(dtype, memory_format=torch.channels_last))
+        return [*moments, leaf.grad]
+
+    for own, expected in zip(moments_and_gradient(torch.float32), moments_and_gradient(torch.float64), strict=True):
+        assert (own - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("side", "stream_rows", "rows"),
+    [
+        (28, 6, [3] * 8),  # of one stream each, with at most 4,096 values of a channel
+        (1, 6, [6] * 4),
+        (28, 7, [1] * 24),
+        (100, 6, [1] * 24),
+        (28, 0, [5, 5, 5, 5, 4]),  # outside training, streams are not known
+    ],
+)
+def test_no_block_of_rows_is_of_two_streams(side, stream_rows, rows):
+    assert [len(block) for block in _blocks(torch.zeros(24, 1, side, side), stream_rows)] == rows
+
+
+def test_one_value_of_a_channel_has_no_variance():
+    with pytest.raises(UserError, match="more than one value of every channel"):
+        gather_batch_norm(torch.nn.BatchNorm1d(3))(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"affine": False}, {"track_running_stats": False}])
+def test_a_layer_is_torchs_in_training_and_after_it(kwargs):
+    theirs = torch.nn.BatchNorm2d(3, **kwargs)
+    ours = gather_batch_norm(torch.nn.BatchNorm2d(3, **kwargs))
+    x = torch.randn(8, 3, 5, 5) + 2
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
 def test_by_stream_each_block_of_rows_is_normalised_by_itself():
     layer = gather_batch_norm(torch.nn.BatchNorm2d(3, momentum=0.2))
-    normalise_by_stream([layer], 8)
+    follow_streams([layer], 8, by_stream=True)
     blocks = [torch.randn(8, 3, 5, 5) + offset for offset in (0.0, 5.0)]
     x = torch.cat(blocks).to(memory_format=torch.channels_last)
     y = layer(x)
