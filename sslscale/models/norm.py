@@ -8,6 +8,7 @@ stream   of each stream's rows in a pass, without meeting: ghost batches (Hoffer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -31,8 +32,14 @@ def _blocks(x: Tensor, stream_rows: int) -> tuple[Tensor, ...]:
     """
     if x.device.type != "cpu":
         return (x,)
-    most = max(1, _BLOCK // max(1, x.shape[2:].numel()))
-    return x.split(max(rows for rows in range(1, most + 1) if stream_rows % rows == 0) if stream_rows else most)
+    return x.split(_rows_of_a_block(x.shape[2:].numel(), stream_rows))
+
+
+@functools.cache
+def _rows_of_a_block(values: int, stream_rows: int) -> int:
+    """The most rows, of so many values of a channel each, that divide a stream's and stay within a block."""
+    most = max(1, _BLOCK // max(1, values))
+    return max(rows for rows in range(1, most + 1) if stream_rows % rows == 0)  # of 0, if not known, every number
 
 
 class _GatheredBatchNorm(torch.autograd.Function):
@@ -56,8 +63,9 @@ class _GatheredBatchNorm(torch.autograd.Function):
         )
         local = torch.stack([torch.stack(means), torch.stack(variances)]).double()  # a difference is taken of them
         local[1] += local[0].square()
-        rows = torch.tensor([len(block) for block in blocks], dtype=local.dtype, device=x.device)
-        moments = torch.einsum("mbc,b->mc", local, rows / len(x))
+        shares = local.new_full((len(blocks),), len(blocks[0]) / len(x))
+        shares[-1] = len(blocks[-1]) / len(x)
+        moments = torch.einsum("mbc,b->mc", local, shares)
         all_reduce(moments)
         # ranks hold equally many samples, so the global moments are plain means over ranks
         mean, square = (moments / world_size()).unbind()

@@ -42,14 +42,14 @@ def test_output_and_gradients_are_torchs(dtype, tolerance, shape, offset):
 
 
 def test_large_maps_are_added_up_in_double_precision():
-    """In the fast layout torch's kernel adds up one by one, and is off by ten times as much."""
+    """In the fast layout torch's kernel adds up one by one: over all rows it is off by four times what is allowed here."""
     generator = torch.Generator().manual_seed(0)
     x, gradient = (torch.randn(64, 4, 32, 32, generator=generator) for _ in range(2))
     weight, bias = torch.ones(4), torch.zeros(4)
 
     def moments_and_gradient(dtype):
         leaf = x.to(dtype, memory_format=torch.channels_last).requires_grad_()
-        y, *moments = _GatheredBatchNorm.apply(leaf, weight.to(dtype), bias.to(dtype), 1e-5, 8)
+        y, *moments = _GatheredBatchNorm.apply(leaf, weight.to(dtype), bias.to(dtype), 1e-5, 64)
         y.backward(gradient.to(dtype, memory_format=torch.channels_last))
         return [*moments, leaf.grad]
 
