@@ -42,7 +42,7 @@ def test_output_and_gradients_are_torchs(dtype, tolerance, shape, offset):
 
 
 def test_large_maps_are_added_up_in_double_precision():
-    """In the fast layout torch's kernel adds up one by one: over all rows it is off by four times what is allowed here."""
+    """In the fast layout torch's kernel adds up one by one: over all rows, by four times what is allowed here off."""
     generator = torch.Generator().manual_seed(0)
     x, gradient = (torch.randn(64, 4, 32, 32, generator=generator) for _ in range(2))
     weight, bias = torch.ones(4), torch.zeros(4)
